@@ -1,0 +1,23 @@
+"""Encoded test images, as clients send them."""
+
+from __future__ import annotations
+
+import io
+
+import torch
+from PIL import Image
+
+from training.data import load
+
+
+def png_digits(count: int, *, seed: int = 0) -> list[bytes]:
+    """PNG files of `count` different MNIST test images, drawn at random."""
+    data = load("test")
+    rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
+    return [_png(Image.fromarray(image[0].numpy())) for image in data.images[rows]]
+
+
+def _png(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()

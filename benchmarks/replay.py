@@ -1,0 +1,58 @@
+"""Elections whose votes are all known, counted again under any stopping rule.
+
+An image's seed fixes its votes one by one, and a count that stops early has cast the first of them. So the full count
+is cast once, and every rule is replayed on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from service.sessions import Sessions
+from service.vote import Rule, StoppingRule
+
+
+class Count(NamedTuple):
+    label: int  # the lowest of the leaders
+    votes: int
+    rounds: int
+    rule: Rule
+
+
+def cast_all(sessions: Sessions, codes: np.ndarray, *, seeds: Sequence[int], samples: int, latent: int) -> np.ndarray:
+    """All votes of the elections of `codes` [N, code], as the pipeline draws them: [N, samples] uint8."""
+    votes = np.empty((len(codes), samples), np.uint8)
+    same_code = np.zeros(samples, np.int64)
+    for image, seed in enumerate(seeds):
+        draws = np.random.Generator(np.random.Philox(key=seed))
+        latents = draws.standard_normal((samples, latent), dtype=np.float32)
+        votes[image] = sessions.vote(codes[image : image + 1], same_code, latents)
+    return votes
+
+
+def by_ballot(rule: StoppingRule, *, leader: int, runner_up: int, cast: int) -> int:
+    """The rule is checked after each ballot, as the engine does."""
+    return rule.ballot(leader=leader, runner_up=runner_up, cast=cast)
+
+
+def one_by_one(rule: StoppingRule, *, leader: int, runner_up: int, cast: int) -> int:
+    """The rule is checked after each vote: the fewest votes that it allows."""
+    return 1
+
+
+def replay(votes: Sequence[int], rule: StoppingRule, ballot: Callable[..., int] = by_ballot) -> Count:
+    """Count `votes`, of which there are `rule.samples`, until the rule ends the count."""
+    tally = [0] * rule.classes
+    leader = runner_up = cast = rounds = 0
+    while True:
+        size = ballot(rule, leader=leader, runner_up=runner_up, cast=cast)
+        for vote in votes[cast : cast + size]:
+            tally[vote] += 1
+        cast += size
+        rounds += 1
+        *_, runner_up, leader = sorted(tally)
+        if ended := rule.ended_by(leader=leader, runner_up=runner_up, cast=cast):
+            return Count(tally.index(leader), cast, rounds, ended)

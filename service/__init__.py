@@ -1,0 +1,8 @@
+"""The online half of CARSO: load a bundle, run the two-pass pipeline, answer over HTTP."""
+
+from importlib.metadata import PackageNotFoundError, version
+
+try:
+    __version__ = version("carso")
+except PackageNotFoundError:  # run from a source tree that was never installed
+    __version__ = "0.0.0+source"

@@ -1,0 +1,69 @@
+"""The command `carso-serve`, same as `python -m service`: serve a bundle over HTTP. Settings: service/settings.py."""
+
+from __future__ import annotations
+
+import gc
+import logging
+import signal
+import sys
+
+import uvicorn
+
+from service import logs
+from service.app import create_app
+from service.bundle import BundleError
+from service.sessions import DeviceError
+from service.settings import Settings, SettingsError, unknown_variables
+
+log = logging.getLogger("service")
+
+BAD_SETTING = 2
+CANNOT_START = 1
+SWITCH_INTERVAL = 0.5e-3  # seconds
+
+
+def main() -> None:
+    """Serve until SIGTERM or SIGINT. Exits with 2 for a bad setting, 1 for a bundle or device that cannot be used."""
+    try:
+        settings = Settings.read()
+        logs.configure(settings.log_level)
+        for name in unknown_variables():
+            log.warning("%s is in the environment but is no setting of this service", name)
+        app = create_app(settings)
+    except SettingsError as e:
+        _exit(e, BAD_SETTING)
+    except (BundleError, DeviceError) as e:
+        _exit(e, CANNOT_START)
+    _settle()
+    # uvicorn raises the signal that ended it once more; by then all is done
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    uvicorn.run(
+        app,
+        host=settings.host,
+        port=settings.port,
+        http="httptools",
+        lifespan="on",
+        log_config=None,  # uvicorn's loggers join ours
+        access_log=False,  # service.envelope writes that line
+        server_header=False,
+    )
+
+
+def _settle() -> None:
+    """Tune the interpreter for a loop of short requests beside one engine thread."""
+    # What start-up made lives as long as the process: no full collection need look at it again.
+    gc.collect()
+    gc.freeze()
+    # The engine comes back from every run of a graph wanting the interpreter, and by default waits 5 ms for the event
+    # loop to give it up: longer than the run took.
+    sys.setswitchinterval(SWITCH_INTERVAL)
+
+
+def _exit(error: Exception, code: int) -> None:
+    print(f"carso-serve: {error}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""What can go wrong with a request: one exception type per thing that a caller can do something about.
+
+Raised where the fact is known, turned into an HTTP answer by `answer` below and nowhere else. The message says what was
+wrong, with the value, and what to do. The name in the answer is the class's own in snake case: WrongShape is
+``wrong_shape``.
+"""
+
+# ruff: noqa: N818  the names are part of the answers, and each says what is wrong
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from pydantic_core import to_json
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.responses import Response
+
+from service.engine import EngineError
+
+
+class RequestError(Exception):
+    """A request that gets another answer than the one it asked for."""
+
+    status: ClassVar[int]
+    name: ClassVar[str]
+
+    def __init_subclass__(cls, *, status: int) -> None:
+        cls.status = status
+        cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
+
+
+class UndecodableImage(RequestError, status=400):
+    """An encoded image that is damaged, truncated, or none of the formats read here."""
+
+
+class UndecodableJson(RequestError, status=400):
+    """A body that is not JSON."""
+
+
+class UndecodableBase64(RequestError, status=400):
+    """A string among `images` that is not base64."""
+
+
+class UndecodableNpy(RequestError, status=400):
+    """A body that is not a whole .npy file, and nothing but one."""
+
+
+class UndecodableMultipart(RequestError, status=400):
+    """A multipart body that is damaged or truncated."""
+
+
+class SeedRefused(RequestError, status=403):
+    """The operator does not let callers choose the seed."""
+
+
+class NotFound(RequestError, status=404):
+    """No such path."""
+
+
+class MethodNotAllowed(RequestError, status=405):
+    """The path exists, for another method."""
+
+
+class BodyTooLarge(RequestError, status=413):
+    """More bytes than the service takes."""
+
+
+class TooManyImages(RequestError, status=413):
+    """More images in one request than the service takes."""
+
+
+class TooManyPixels(RequestError, status=413):
+    """Encoded images that would decode to more pixels than the service takes in one request."""
+
+
+class UnsupportedMediaType(RequestError, status=415):
+    """A Content-Type that is not read here, or none."""
+
+
+class WrongShape(RequestError, status=422):
+    """An image of another shape than the bundle's."""
+
+
+class NotFinite(RequestError, status=422):
+    """NaN or infinity among the values."""
+
+
+class OutOfRange(RequestError, status=422):
+    """A value outside the bundle's range."""
+
+
+class EmptyBatch(RequestError, status=422):
+    """No image, or an image without pixels."""
+
+
+class RaggedArray(RequestError, status=422):
+    """Nested lists of unequal lengths."""
+
+
+class NotNumbers(RequestError, status=422):
+    """Something else than numbers where the values of an image should be."""
+
+
+class ObjectArray(RequestError, status=422):
+    """A .npy file of Python objects: it holds a pickle, and a pickle runs code."""
+
+
+class UnsupportedDtype(RequestError, status=422):
+    """A .npy file of another type than floating point or uint8."""
+
+
+class TransparentImage(RequestError, status=422):
+    """An image with pixels that let a background show through."""
+
+
+class AnimatedImage(RequestError, status=422):
+    """An image file of several frames."""
+
+
+class UnexpectedPart(RequestError, status=422):
+    """A multipart part that is not a file in the field `file`."""
+
+
+class MissingImages(RequestError, status=422):
+    """A JSON body without a list `images`."""
+
+
+class UnknownParameter(RequestError, status=422):
+    """An option that this endpoint does not have."""
+
+
+class InvalidParameter(RequestError, status=422):
+    """An option whose value is outside its range."""
+
+
+class ConflictingParameters(RequestError, status=422):
+    """One option given twice, with different values."""
+
+
+class ClientGone(RequestError, status=499):
+    """The client hung up; nobody reads this answer, but the log and the metrics count it."""
+
+
+class InternalError(RequestError, status=500):
+    """A fault of the service."""
+
+
+class EngineFailed(RequestError, status=500):
+    """The engine has failed or was stopped while it had this request."""
+
+
+class NotReady(RequestError, status=503):
+    """The service takes no work now."""
+
+
+class DeadlineExceeded(RequestError, status=504):
+    """The deadline passed before a vote was cast for every image."""
+
+
+def as_request_error(error: Exception) -> RequestError:
+    """What a caller is told about `error`; never more than its own type allows."""
+    match error:
+        case RequestError():
+            return error
+        case ClientDisconnect():
+            return ClientGone("the client closed the connection before the body was complete")
+        case EngineError():
+            return EngineFailed(
+                "the engine stopped before this request was done: send it again, to another replica if any"
+            )
+        case HTTPException(status_code=404):
+            return NotFound("there is nothing at this path; GET /docs lists what there is")
+        case HTTPException(status_code=405):
+            allowed = (error.headers or {}).get("Allow", "another method")
+            return MethodNotAllowed(f"this path takes {allowed} only")
+        case _:
+            return InternalError("the service failed on this request; its log has the details under the request id")
+
+
+def answer(error: Exception, request_id: str) -> Response:
+    """The one shape of every error: `error`, `message`, `request_id`."""
+    shown = as_request_error(error)
+    content = to_json({"error": shown.name, "message": str(shown), "request_id": request_id})
+    headers = {"allow": error.headers["Allow"]} if isinstance(error, HTTPException) and error.headers else None
+    return Response(content, shown.status, headers, "application/json")

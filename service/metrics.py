@@ -1,0 +1,110 @@
+"""The metrics of one process, for Prometheus: seconds and counts, histograms and never summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from service import __version__
+from service.bundle import Bundle
+from service.pipeline import Job, Outcome, Step
+
+# from a fast answer on a GPU to a full count on a busy CPU
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+ROWS = tuple(2**n for n in range(17))
+VOTES = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048, 4096, 10_000)
+
+
+class Metrics:
+    """Counts what the service does. `step` is called on the engine's thread, all else on the event loop's."""
+
+    def __init__(self, bundle: Bundle, *, provider: str) -> None:
+        self._registry = registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+        self._requests = Counter("carso_requests", "Requests answered.", ["endpoint", "code"], registry=registry)
+        self._duration = Histogram(
+            "carso_request_duration_seconds",
+            "From a request's arrival to the end of its answer.",
+            ["endpoint"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._series: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        stages = Histogram(
+            "carso_stage_duration_seconds",
+            "Of requests that got an answer: decode (body to array), queue (until the first pass), first_pass, vote.",
+            ["stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._decode, self._queue, self._first_pass, self._vote = (
+            stages.labels(stage) for stage in ("decode", "queue", "first_pass", "vote")
+        )
+        self._rounds = Counter("carso_rounds", "Rounds of votes.", registry=registry)
+        self._round_rows = Histogram("carso_round_rows", "Votes of one round.", buckets=ROWS, registry=registry)
+        self._round_duration = Histogram(
+            "carso_round_duration_seconds", "Of one round of votes.", buckets=SECONDS, registry=registry
+        )
+        self._images = Counter("carso_first_pass_images", "Images that had their first pass.", registry=registry)
+        self._votes = Histogram("carso_votes_per_image", "Votes cast per image.", buckets=VOTES, registry=registry)
+        self._elections = Counter(
+            "carso_elections", "Elections by the rule that ended them.", ["rule"], registry=registry
+        )
+        self._agreement = Counter(
+            "carso_path_agreement",
+            "Images by whether fast and robust path gave the same label; a rise in disagreement may be an attack.",
+            ["agree"],
+            registry=registry,
+        )
+        build = Gauge(
+            "carso_build_info",
+            "1; the labels say what is running.",
+            ["version", "bundle", "bundle_version", "checksum", "provider"],
+            registry=registry,
+        )
+        build.labels(__version__, bundle.manifest.name, bundle.manifest.version, bundle.checksum, provider).set(1)
+
+    def request(self, *, endpoint: str, code: int, seconds: float) -> None:
+        requests, duration = self._of_endpoint(endpoint, code)
+        requests.inc()
+        duration.observe(seconds)
+
+    def first_pass(self, job: Job, *, decode: float) -> None:
+        """The first stages of a finished job; `decode` in seconds."""
+        self._decode.observe(decode)
+        self._queue.observe(job.started - job.submitted)
+        self._first_pass.observe(job.first_pass_done - job.started)
+
+    def elections(self, job: Job, outcomes: Iterable[Outcome], *, agree: Iterable[bool]) -> None:
+        """The vote of a finished job."""
+        self._vote.observe(job.finished - job.first_pass_done)
+        for outcome, agrees in zip(outcomes, agree, strict=True):
+            self._votes.observe(outcome.votes)
+            self._elections.labels(outcome.rule).inc()
+            self._agreement.labels("true" if agrees else "false").inc()
+
+    def step(self, step: Step) -> None:
+        if step.first_passes:
+            self._images.inc(step.first_passes)
+        if step.rows:
+            self._rounds.inc()
+            self._round_rows.observe(step.rows)
+            self._round_duration.observe(step.seconds)
+
+    def _of_endpoint(self, endpoint: str, code: int) -> tuple[Counter, Histogram]:
+        """The series themselves, kept: finding them by their labels takes longer than counting does."""
+        if (series := self._series.get((endpoint, code))) is None:
+            series = self._series[endpoint, code] = (
+                self._requests.labels(endpoint, code),
+                self._duration.labels(endpoint),
+            )
+        return series
+
+    def page(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

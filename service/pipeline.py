@@ -1,0 +1,267 @@
+"""The two-pass pipeline over all work in flight: what one round computes, with no threads and no HTTP.
+
+    job (images) -> first pass -> one election per image -> rounds of votes -> tallies -> job finished
+
+First passes that wait go first, then one round of votes is drawn from all open elections in turn, and so on. An
+election leaves as soon as its count may stop, and a new one joins at the next round. The service's engine thread and
+the offline evaluation run this same code.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from service.sessions import Sessions
+from service.vote import Rule, StoppingRule
+
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ballot:
+    """What is asked of the robust path."""
+
+    samples: int  # votes to count at most
+    risk: float  # 0: exact
+    seed: int | None = None  # None: a fresh one per image, from the operating system
+
+
+@dataclass(slots=True)
+class Outcome:
+    """The election of one image; `tally` holds the votes of each class."""
+
+    label: int
+    votes: int
+    tally: list[int]
+    rule: Rule
+    seed: int
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """The images of one request [n, *shape] float32; they are separate elections.
+
+    The pipeline fills in the rest. `ballot` None: the fast path, finished after the first pass. Whoever set
+    `cancelled` gets the job back unfinished at the next round's end. `deadline` is on the clock of `time.monotonic`:
+    past it, open elections end with the votes they have, rule ``deadline``.
+    """
+
+    images: np.ndarray
+    ballot: Ballot | None = None
+    deadline: float | None = None
+    cancelled: bool = False
+    probabilities: np.ndarray | None = None  # [n, classes]
+    outcomes: list[Outcome | None] = field(default_factory=list)  # one per image
+    open: int = 0  # elections still to end
+    submitted: float = field(default_factory=time.monotonic)
+    started: float = 0.0  # its first pass began
+    first_pass_done: float = 0.0
+    finished: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not len(self.images):
+            raise ValueError("a job needs at least one image")
+
+    @property
+    def rows(self) -> int:
+        """Rows of work it may need at most: first passes and votes."""
+        return len(self.images) * (1 + (self.ballot.samples if self.ballot else 0))
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What one step did."""
+
+    finished: list[Job]  # in the order in which they ended; cancelled ones too
+    first_passes: int  # images
+    rows: int  # votes
+    elections: int  # that took part in the round
+    seconds: float = 0.0  # of the round
+
+
+def _done(step: Step) -> Step:
+    now = time.monotonic()
+    for job in step.finished:
+        job.finished = now
+    return step
+
+
+@dataclass(eq=False, slots=True)
+class _Election:
+    job: Job
+    image: int  # its index in the job
+    rule: StoppingRule
+    seed: int
+    code: np.ndarray  # [code]
+    draws: np.random.Generator
+    tally: np.ndarray  # [classes] int64
+    leader: int = 0  # the two largest entries of the tally
+    runner_up: int = 0
+    cast: int = 0
+
+    def ballot(self) -> int:
+        return self.rule.ballot(leader=self.leader, runner_up=self.runner_up, cast=self.cast)
+
+    def count(self, votes: np.ndarray) -> Rule | None:
+        """Add the votes of one ballot [n] int64; say which rule, if any, ends the count."""
+        self.tally += np.bincount(votes, minlength=len(self.tally))
+        self.cast += len(votes)
+        *_, self.runner_up, self.leader = sorted(self.tally.tolist())
+        return self.rule.ended_by(leader=self.leader, runner_up=self.runner_up, cast=self.cast)
+
+    def end(self, rule: Rule) -> None:
+        tally = self.tally.tolist()
+        self.job.outcomes[self.image] = Outcome(
+            label=tally.index(self.leader), votes=self.cast, tally=tally, rule=rule, seed=self.seed
+        )
+        self.job.open -= 1
+
+
+class Pipeline:
+    """All jobs in flight on one device. One thread at a time."""
+
+    def __init__(self, sessions: Sessions, *, latent: int, classes: int, round_rows: int) -> None:
+        """`round_rows`: votes of one round at most, or one ballot if that is larger; also images of one first pass."""
+        self.sessions = sessions
+        self.latent = latent
+        self.classes = classes
+        self.round_rows = round_rows
+        self._waiting: deque[Job] = deque()  # for their first pass
+        self._open: deque[_Election] = deque()
+
+    @property
+    def busy(self) -> bool:
+        return bool(self._waiting or self._open)
+
+    def admit(self, jobs: Iterable[Job]) -> None:
+        self._waiting.extend(jobs)
+
+    def first_passes(self) -> Step:
+        """The first passes of waiting jobs: as many as fit into one batch; a larger job goes alone, in parts."""
+        finished: list[Job] = []
+        images = self._first_passes(finished)
+        return _done(Step(finished, images, rows=0, elections=0))
+
+    def round(self) -> Step:
+        """One round of votes over open elections in turn, as many as fit; those it leaves open go to the back."""
+        began = time.monotonic()
+        finished: list[Job] = []
+        self._dismiss(finished)
+        rows, elections = self._round(finished)
+        return _done(Step(finished, 0, rows, elections, time.monotonic() - began))
+
+    def step(self) -> Step:
+        """First passes, then a round."""
+        first, then = self.first_passes(), self.round()
+        return Step([*first.finished, *then.finished], first.first_passes, then.rows, then.elections, then.seconds)
+
+    def classify(self, images: np.ndarray, ballot: Ballot) -> list[Outcome]:
+        """The elections of `images` [n, *shape], run to their end: for offline use of an idle pipeline."""
+        job = Job(images, ballot)
+        self.admit([job])
+        while self.busy:
+            self.step()
+        return [outcome for outcome in job.outcomes if outcome is not None]
+
+    def _first_passes(self, finished: list[Job]) -> int:
+        batch: list[Job] = []
+        size = 0
+        while self._waiting and (not batch or size + len(self._waiting[0].images) <= self.round_rows):
+            job = self._waiting.popleft()
+            if job.cancelled:
+                finished.append(job)
+                continue
+            batch.append(job)
+            size += len(job.images)
+        if not batch:
+            return 0
+
+        started = time.monotonic()
+        images = batch[0].images if len(batch) == 1 else np.concatenate([job.images for job in batch])
+        parts = [
+            self.sessions.first_pass(images[start : start + self.round_rows])
+            for start in range(0, size, self.round_rows)
+        ]
+        probabilities = np.concatenate([part.probabilities for part in parts])
+        codes = np.concatenate([part.codes for part in parts])
+        done = time.monotonic()
+
+        offset = 0
+        for job in batch:
+            own = slice(offset, offset + len(job.images))
+            offset = own.stop
+            job.started, job.first_pass_done = started, done
+            job.probabilities = probabilities[own]
+            if job.ballot is None:
+                finished.append(job)
+            else:
+                self._call_elections(job, job.ballot, codes[own])
+        return size
+
+    def _call_elections(self, job: Job, ballot: Ballot, codes: np.ndarray) -> None:
+        rule = StoppingRule(ballot.samples, self.classes, ballot.risk)
+        job.outcomes = [None] * len(codes)
+        job.open = len(codes)
+        for image, code in enumerate(codes):
+            # the seed alone decides an election's latents: not its place in a request, nor what it is batched with
+            seed = secrets.randbelow(MAX_SEED + 1) if ballot.seed is None else ballot.seed
+            draws = np.random.Generator(np.random.Philox(key=seed))
+            self._open.append(_Election(job, image, rule, seed, code, draws, np.zeros(self.classes, np.int64)))
+
+    def _round(self, finished: list[Job]) -> tuple[int, int]:
+        elections, sizes = self._call_round()
+        if not elections:
+            return 0, 0
+        rows = sum(sizes)
+        latents = np.empty((rows, self.latent), np.float32)
+        ends = np.cumsum(sizes).tolist()
+        for election, start, end in zip(elections, [0, *ends], ends, strict=False):
+            election.draws.standard_normal(out=latents[start:end], dtype=np.float32)
+        code_index = np.repeat(np.arange(len(elections)), sizes)
+        votes = self.sessions.vote(np.stack([e.code for e in elections]), code_index, latents)
+
+        for election, start, end in zip(elections, [0, *ends], ends, strict=False):
+            if rule := election.count(votes[start:end]):
+                election.end(rule)
+                if not election.job.open:
+                    finished.append(election.job)
+            else:
+                self._open.append(election)
+        return rows, len(elections)
+
+    def _dismiss(self, finished: list[Job]) -> None:
+        """Drop the elections of cancelled jobs and end those past their deadline: of the whole queue, not in turn."""
+        now = time.monotonic()
+        staying: deque[_Election] = deque()
+        for election in self._open:
+            job = election.job
+            if job.cancelled:
+                job.open -= 1
+            elif job.deadline is not None and now >= job.deadline:
+                election.end("deadline")
+            else:
+                staying.append(election)
+                continue
+            if not job.open:
+                finished.append(job)
+        self._open = staying
+
+    def _call_round(self) -> tuple[list[_Election], list[int]]:
+        """Take the elections of the next round off the queue, with the number of votes that each casts."""
+        elections: list[_Election] = []
+        sizes: list[int] = []
+        room = self.round_rows
+        while self._open:
+            size = self._open[0].ballot()
+            if size > room and elections:
+                break
+            elections.append(self._open.popleft())
+            sizes.append(size)
+            room -= size
+        return elections, sizes

@@ -1,0 +1,19 @@
+"""Scaling of images to the size that a bundle takes."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+
+def resized(image: np.ndarray, *, height: int, width: int) -> np.ndarray:
+    """[C, h, w] float32 -> [C, height, width] float32, without keeping proportions.
+
+    Bilinear, with its support widened when it shrinks, so that no pixel is skipped.
+    """
+    return np.stack(
+        [
+            np.asarray(Image.fromarray(channel).resize((width, height), Image.Resampling.BILINEAR))
+            for channel in np.ascontiguousarray(image)
+        ]
+    )

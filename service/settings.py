@@ -1,0 +1,120 @@
+"""The settings, from the environment: CARSO_HOST, CARSO_PORT, CARSO_BUNDLE, ..."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from service.ranges import complaint
+from service.sessions import Device, Precision
+from service.vote import MAX_RISK, MIN_RISK
+
+PREFIX = "CARSO_"
+REFERENCE_BUNDLE = Path("models/mnist-fcn")
+
+
+class SettingsError(Exception):
+    """A setting that cannot be used. The message has a line for each: its name, its value, the allowed range."""
+
+
+def _sound_risk(risk: float) -> float:
+    if risk and not MIN_RISK <= risk <= MAX_RISK:
+        raise ValueError(f"neither 0 nor from {MIN_RISK} to {MAX_RISK}")
+    return risk
+
+
+Risk = Annotated[
+    float,
+    AfterValidator(_sound_risk),
+    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_RISK, "maximum": MAX_RISK}]}),
+]
+
+
+def _reference_bundle() -> Path:
+    """Below the working folder; failing that, below the source tree that holds this package."""
+    beside = Path(__file__).parents[1] / REFERENCE_BUNDLE
+    return beside if beside.is_dir() and not REFERENCE_BUNDLE.is_dir() else REFERENCE_BUNDLE
+
+
+class Settings(BaseSettings):
+    """Every setting with its default. `Settings.read()` reads the environment; the constructor does too."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
+
+    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one, shown in the log.")
+    bundle: Path = Field(
+        default_factory=_reference_bundle, description="Folder of the bundle to serve; default: models/mnist-fcn."
+    )
+    device: Device = Field(
+        default="auto", description="auto: CUDA where it is there. cuda: refuse to start without it."
+    )
+    precision: Precision = Field(
+        default="float32",
+        description="Of the votes. int8, on the CPU only, casts them faster, and a few in a thousand fall otherwise; "
+        "first passes are float32 always.",
+    )
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Threads of ONNX Runtime on the CPU; default: the processors it may use.",
+    )
+    spin: bool = Field(
+        default=False, description="Let idle threads of ONNX Runtime burn their processors for a shorter wake-up."
+    )
+    round_rows: int = Field(
+        default=128,  # as fast as 512 on a CPU, and the fast path waits half as long beside it (docs/speed.md)
+        ge=16,
+        le=65536,
+        description="Votes of one round at most, or one election's ballot if that is larger, over all in flight.",
+    )
+    risk: Risk = Field(
+        default=1e-3,
+        description="Default chance, per image, that early stopping elects another class than the full count would. "
+        "0: count until the outcome is certain.",
+    )
+    max_samples: int = Field(
+        default=10_000, ge=1, le=100_000, description="Votes that a caller may ask for, per image."
+    )
+    max_images: int = Field(default=64, ge=1, le=4096, description="Images of one request at most.")
+    max_body_bytes: int = Field(
+        default=8 * 2**20, ge=1024, le=2**30, description="Bytes of one request's body at most."
+    )
+    max_pixels: int = Field(
+        default=2**24,
+        ge=1,
+        le=2**26,  # Pillow warns at 1.3 times that
+        description="Pixels to which the encoded images of one request may decode, all together.",
+    )
+    decode_threads: int = Field(
+        default=2, ge=1, le=64, description="Threads that decode bodies too large to decode at once."
+    )
+    allow_seed: bool = Field(
+        default=True,
+        description="Let callers choose the seed of the latents. On: who may ask for 1 sample or the fast path can "
+        "have a weaker answer anyway. Turn it off where callers are not trusted: with a seed of their choice the "
+        "answer holds no randomness that they do not know.",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="Least level that is logged."
+    )
+
+    @classmethod
+    def read(cls) -> Settings:
+        """Out of the environment. Raises SettingsError."""
+        try:
+            return cls()
+        except ValidationError as e:
+            lines = [f"{PREFIX}{str(error['loc'][0]).upper()}: {complaint(cls, error)}" for error in e.errors()]
+            raise SettingsError("\n".join(lines)) from None
+
+
+def unknown_variables() -> list[str]:
+    """Names in the environment that begin like a setting's but are none: most likely misspelt."""
+    known = {f"{PREFIX}{field}".upper() for field in Settings.model_fields}
+    return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)

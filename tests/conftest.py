@@ -1,0 +1,39 @@
+"""Fixtures that several test files share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import httpx
+import pytest
+
+from tests.bundles import COLOUR, SMALL, shared_bundle
+from tests.server import Server, serving
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server with default limits but for endless counts, over a bundle of 1 x 8 x 8 images and 10 classes."""
+    log = tmp_path_factory.mktemp("server") / "log"
+    with serving(shared_bundle(SMALL), log, max_samples=100_000) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server: Server) -> Iterator[httpx.Client]:
+    with server.client() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server with tight limits that refuses seeds, over a bundle of 3 x 6 x 5 images and 3 classes."""
+    limits = {"max_images": 2, "max_body_bytes": 20_000, "max_pixels": 2000, "allow_seed": False, "risk": 0}
+    with serving(shared_bundle(COLOUR), tmp_path_factory.mktemp("strict") / "log", **limits) as running:
+        yield running
+
+
+@pytest.fixture
+def strict_client(strict_server: Server) -> Iterator[httpx.Client]:
+    with strict_server.client() as connected:
+        yield connected

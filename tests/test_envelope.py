@@ -1,0 +1,87 @@
+"""What surrounds every request: its id, headers, the limit on its body, hanging up, the log."""
+
+from __future__ import annotations
+
+import json
+import socket
+import time
+
+import httpx
+import numpy as np
+import pytest
+
+from tests.calls import PNG, VALUES, as_npy, as_png, refused, sample
+
+
+@pytest.mark.parametrize("given", ["abc-123", "A" * 128, "9f2545551c8df2285eebc280f7e4c295", "a:b.c_d"])
+def test_a_request_id_is_echoed(client, given):
+    response = client.post("/classify/fast", content=PNG, headers={"content-type": "image/png", "x-request-id": given})
+    assert response.headers["x-request-id"] == response.json()["request_id"] == given
+
+
+@pytest.mark.parametrize("given", ["", "A" * 129, "with space", 'quo"te', "{}"])
+def test_a_request_id_that_is_malformed_or_long_is_replaced(client, given):
+    response = client.get("/livez", headers={"x-request-id": given})
+    made = response.headers["x-request-id"]
+    assert made != given
+    assert len(made) == 32
+
+
+def test_no_answer_is_to_be_sniffed(client):
+    for response in (client.get("/info"), client.get("/nothing"), as_png("/classify/fast", client)):
+        assert response.headers["x-content-type-options"] == "nosniff"
+
+
+def test_a_body_over_the_limit_is_refused_whether_its_length_is_stated_or_not(strict_client):
+    body = b"x" * 20_001
+    headers = {"content-type": "image/png"}
+    stated = refused(strict_client.post("/classify", content=body, headers=headers), 413, "body_too_large")
+    assert "20001" in stated and "20000" in stated
+    chunks = (body[start : start + 1000] for start in range(0, len(body), 1000))
+    refused(strict_client.post("/classify", content=chunks, headers=headers), 413, "body_too_large")
+
+
+def test_a_stated_length_over_the_limit_is_refused_before_any_of_the_body_is_sent(strict_server):
+    address = httpx.URL(strict_server.url)
+    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99999999\r\n"
+            b"Expect: 100-continue\r\n\r\n"
+        )
+        assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
+
+
+def test_the_work_for_a_client_that_hangs_up_is_dropped(client, server):
+    def cancelled() -> float:
+        return sample(client.get("/metrics").text, 'carso_requests_total{code="499",endpoint="/classify"}')
+
+    before = cancelled()
+    with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.3) as impatient:
+        as_npy("/classify", impatient, np.repeat(VALUES, 21, axis=0), risk=0, samples=100_000)
+    give_up = time.monotonic() + 10
+    while cancelled() == before and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert cancelled() == before + 1
+    rounds = sample(client.get("/metrics").text, "carso_rounds_total")
+    time.sleep(0.5)
+    assert sample(client.get("/metrics").text, "carso_rounds_total") == rounds
+
+
+def test_a_client_that_hangs_up_before_its_body_is_complete_disturbs_nothing(client, server):
+    address = httpx.URL(server.url)
+    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+        connection.sendall(
+            b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nxx"
+        )
+    assert as_png("/classify", client).status_code == 200
+
+
+def test_every_request_has_one_line_of_json_in_the_log(client, server):
+    response = client.post(
+        "/classify?samples=9", content=PNG, headers={"content-type": "image/png", "x-request-id": "find-me"}
+    )
+    time.sleep(0.2)
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    (line,) = [line for line in lines if line.get("request_id") == "find-me"]
+    assert (line["endpoint"], line["code"], line["images"]) == ("/classify", 200, 1)
+    assert line["votes"] == response.json()["predictions"][0]["votes"]

@@ -1,0 +1,68 @@
+"""What operators ask: /info, probes, /metrics."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+
+from service import __version__
+from service.answers import Info
+from service.bundle import Bundle
+from tests.bundles import COLOUR, SMALL, shared_bundle
+from tests.calls import VALUES, as_npy, as_png, sample
+from tests.server import serving
+
+
+def test_info_shows_bundle_device_and_limits(client, strict_client):
+    info = Info.model_validate_json(client.get("/info").content)
+    assert info.version == __version__
+    assert info.bundle.checksum == Bundle.load(shared_bundle(SMALL)).checksum
+    assert info.bundle.input.shape == (1, 8, 8)
+    assert (info.bundle.samples, info.risk) == (1500, 1e-3)
+    assert (info.device.asked, info.device.provider) == ("cpu", "CPUExecutionProvider")
+    assert (info.limits.max_images, info.limits.allow_seed) == (64, True)
+    strict = Info.model_validate_json(strict_client.get("/info").content)
+    assert strict.bundle.classes == tuple(str(index) for index in range(COLOUR.classifier.classes))
+    assert (strict.limits.max_images, strict.limits.allow_seed, strict.risk) == (2, False, 0)
+
+
+def test_the_probes_answer(client):
+    assert client.get("/livez").json() == {"status": "live"}
+    assert client.get("/readyz").json() == {"status": "ready"}
+
+
+def test_the_metrics_count_what_was_done(client):
+    before = client.get("/metrics").text
+    as_npy("/classify", client, VALUES, risk=0.1)
+    as_png("/classify/fast", client)
+    client.get("/no/such/path")
+    after = client.get("/metrics").text
+    for name, by in {
+        'carso_requests_total{code="200",endpoint="/classify"}': 1,
+        'carso_requests_total{code="200",endpoint="/classify/fast"}': 1,
+        'carso_requests_total{code="404",endpoint="other"}': 1,
+        'carso_request_duration_seconds_count{endpoint="/classify"}': 1,
+        'carso_stage_duration_seconds_count{stage="decode"}': 2,
+        'carso_stage_duration_seconds_count{stage="queue"}': 2,
+        'carso_stage_duration_seconds_count{stage="first_pass"}': 2,
+        'carso_stage_duration_seconds_count{stage="vote"}': 1,
+        "carso_first_pass_images_total": 4,
+        "carso_votes_per_image_count": 3,
+    }.items():
+        assert sample(after, name) - sample(before, name) == by, name
+    rows = sample(after, "carso_round_rows_sum") - sample(before, "carso_round_rows_sum")
+    votes = sample(after, "carso_votes_per_image_sum") - sample(before, "carso_votes_per_image_sum")
+    assert rows == votes > 0
+    for family in ("carso_elections_total", "carso_path_agreement_total"):
+        series = {line.rpartition(" ")[0] for line in after.splitlines() if line.startswith(family)}
+        assert sum(sample(after, name) - sample(before, name) for name in series) == 3
+    assert f'version="{__version__}"' in after
+
+
+@pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGINT])
+def test_a_server_that_is_asked_to_stop_ends_with_exit_code_0(tmp_path, asked_by):
+    with serving(shared_bundle(SMALL), tmp_path / "log") as server:
+        server.process.send_signal(asked_by)
+        assert server.process.wait(30) == 0
+    assert "Traceback" not in server.log.read_text()

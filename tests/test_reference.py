@@ -1,0 +1,85 @@
+"""The bundle that is shipped, and the samples that the README shows it with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+
+from service.bundle import Bundle
+from service.sessions import Sessions
+from tests.server import serving
+from training import data
+
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "models" / "mnist-fcn"
+SAMPLES = ROOT / "docs" / "samples"
+
+# Every cell that must beat the published one: CARSO and IAT at eps <= 0.30, and CARSO on clean images
+HELD = [
+    *(("CARSO", attack) for attack in ("clean",)),
+    *(
+        (column, f"{kind}-{eps}")
+        for column in ("IAT", "CARSO")
+        for kind in ("fgsm", "pgd", "deepfool")
+        for eps in ("0.15", "0.30")
+    ),
+]
+
+
+@pytest.fixture(scope="module")
+def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
+    with serving(FOLDER, tmp_path_factory.mktemp("reference") / "log") as server, server.client() as connected:
+        yield connected
+
+
+def test_the_shipped_bundle_is_sound_complete_and_small() -> None:
+    manifest = Bundle.load(FOLDER).manifest
+    weights = {"classifier.safetensors", "code_encoder.safetensors", "decoder.safetensors"}
+    assert weights | {"MODEL_CARD.md"} <= set(manifest.files)
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) < 25e6
+    assert manifest.name == manifest.recipe["name"] == "mnist-fcn"
+    assert manifest.samples == 1500
+    assert len(list(SAMPLES.glob("*.png"))) == 6
+
+
+def test_the_shipped_table_is_of_the_whole_test_set_and_above_the_published_numbers() -> None:
+    cells = {(cell.column, cell.attack): cell for cell in Bundle.load(FOLDER).manifest.table}
+    assert len(cells) == 30
+    assert {cell.images for cell in cells.values()} == {10_000}
+    short = [place for place in HELD if cells[place].accuracy <= cells[place].published]
+    assert not short
+    assert cells["IAT", "clean"].accuracy >= 97.0
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*-clean.png")), ids=lambda path: path.stem)
+def test_a_clean_sample_is_classified_by_both_paths(client: httpx.Client, path: Path) -> None:
+    (robust,) = _post(client, "/classify", path)
+    (fast,) = _post(client, "/classify/fast", path)
+    assert robust["class_name"] == fast["class_name"] == path.stem[0]
+    assert robust["agree"]
+
+
+@pytest.mark.parametrize("path", sorted(SAMPLES.glob("*-pgd-0.30.png")), ids=lambda path: path.stem)
+def test_an_attacked_sample_fools_the_fast_path_and_not_the_robust_one(client: httpx.Client, path: Path) -> None:
+    (robust,) = _post(client, "/classify", path)
+    (fast,) = _post(client, "/classify/fast", path)
+    assert robust["class_name"] == path.stem[0]
+    assert fast["class_name"] != path.stem[0]
+    assert not robust["agree"]
+
+
+def test_int8_votes_agree_with_float32_ones_but_for_a_few_in_a_thousand() -> None:
+    bundle = Bundle.load(FOLDER)
+    plain, int8 = (Sessions(bundle, device="cpu", precision=precision) for precision in ("float32", "int8"))
+    codes = plain.first_pass(data.load("test").pixels(slice(400)).numpy()).codes
+    ballots = (codes, np.repeat(np.arange(400), 20), np.random.default_rng(0).standard_normal((8000, 36), np.float32))
+    assert (plain.vote(*ballots) != int8.vote(*ballots)).mean() < 0.005
+
+
+def _post(client: httpx.Client, endpoint: str, path: Path) -> list[dict]:
+    answer = client.post(endpoint, content=path.read_bytes(), headers={"content-type": "image/png"})
+    return answer.raise_for_status().json()["predictions"]
