@@ -36,7 +36,7 @@ Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**31, help="Of e
 Folder = Annotated[Path | None, typer.Option("--folder", help="Where the run lives. [default: runs/<preset>]")]
 Accelerator = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where it is there.")]
 Precision = Annotated[
-    Literal["recipe", "bf16", "float32"], typer.Option(help="Of the purifier's forward pass while training.")
+    Literal["recipe", "bf16", "float32"], typer.Option(help="Of the purifier's forward pass in training.")
 ]
 Devices = Annotated[int, typer.Option(min=1, help="Processes, each on its own device (distributed data parallel).")]
 

@@ -49,7 +49,7 @@ class Recipe(Strict):
     adversarial_weights: Foreseen = Foreseen()
     training_pgd_steps: int = Field(default=10, gt=0)  # of 2.5 eps / steps each, while training
     purification: Schedule
-    purification_bf16: bool = True  # the purifier's forward pass in bfloat16 (autocast); its losses stay float32
+    purification_bf16: bool = True  # the purifier's forward pass in bfloat16, where the device multiplies it itself
     samples: int = Field(default=1500, gt=0)  # votes asked for by default
 
 
