@@ -23,7 +23,7 @@ from training.attacked import attacked_batches
 from training.attacks import PUBLISHED
 from training.data import load
 
-ROWS = (18, 64, 256, 1500)
+ROWS = (12, 64, 256, 1500)
 CHUNK = 20  # images whose votes are cast in one run
 
 

@@ -33,26 +33,28 @@ def cast_all(sessions: Sessions, codes: np.ndarray, *, seeds: Sequence[int], sam
     return votes
 
 
-def by_ballot(rule: StoppingRule, *, leader: int, runner_up: int, cast: int) -> int:
+def by_ballot(rule: StoppingRule, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
     """The rule is checked after each ballot, as the engine does."""
-    return rule.ballot(leader=leader, runner_up=runner_up, cast=cast)
+    return rule.ballot(leader=leader, runner_up=runner_up, cast=cast, expected=expected)
 
 
-def one_by_one(rule: StoppingRule, *, leader: int, runner_up: int, cast: int) -> int:
+def one_by_one(rule: StoppingRule, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
     """The rule is checked after each vote: the fewest votes that it allows."""
     return 1
 
 
-def replay(votes: Sequence[int], rule: StoppingRule, ballot: Callable[..., int] = by_ballot) -> Count:
-    """Count `votes`, of which there are `rule.samples`, until the rule ends the count."""
+def replay(votes: Sequence[int], rule: StoppingRule, ballot: Callable[..., int] = by_ballot, *, expected: int) -> Count:
+    """Count `votes`, of which there are `rule.samples`, until the rule ends the count; class `expected` is expected."""
     tally = [0] * rule.classes
     leader = runner_up = cast = rounds = 0
     while True:
-        size = ballot(rule, leader=leader, runner_up=runner_up, cast=cast)
+        by_expected = tally[expected] == leader
+        size = ballot(rule, leader=leader, runner_up=runner_up, cast=cast, expected=by_expected)
         for vote in votes[cast : cast + size]:
             tally[vote] += 1
         cast += size
         rounds += 1
         *_, runner_up, leader = sorted(tally)
-        if ended := rule.ended_by(leader=leader, runner_up=runner_up, cast=cast):
+        by_expected = tally[expected] == leader
+        if ended := rule.ended_by(leader=leader, runner_up=runner_up, cast=cast, expected=by_expected):
             return Count(tally.index(leader), cast, rounds, ended)

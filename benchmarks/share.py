@@ -32,9 +32,9 @@ def election(share: float, *, rivals: int) -> np.ndarray:
 
 
 def mean_votes(share: float, *, rivals: int, rule: StoppingRule, trials: int, draws: np.random.Generator) -> float:
-    """Over the order of the votes."""
+    """Over the order of the votes; the leader is the class that was expected."""
     votes = election(share, rivals=rivals)
-    return float(np.mean([replay(draws.permutation(votes).tolist(), rule).votes for _ in range(trials)]))
+    return float(np.mean([replay(draws.permutation(votes).tolist(), rule, expected=0).votes for _ in range(trials)]))
 
 
 def main(

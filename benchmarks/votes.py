@@ -84,10 +84,10 @@ def full_counts(bundle: Bundle, sessions: Sessions, data: Dataset, *, seed: int)
 
 def row(elections: Elections, rule: StoppingRule) -> Row:
     counts, fewest = [], []
-    for votes in elections.votes:
+    for votes, expected in zip(elections.votes, elections.fast.tolist(), strict=True):
         known = votes.tolist()
-        counts.append(replay(known, rule))
-        fewest.append(replay(known, rule, one_by_one).votes)
+        counts.append(replay(known, rule, expected=expected))
+        fewest.append(replay(known, rule, one_by_one, expected=expected).votes)
     answers = np.array([count.label for count in counts])
     cast = np.array([count.votes for count in counts])
     full = _full_answers(elections.votes, rule.classes)
@@ -121,8 +121,8 @@ def same_as_pipeline(elections: Elections, rule: StoppingRule, pipeline: Pipelin
     while pipeline.busy:
         pipeline.step()
     same = 0
-    for job, votes in zip(jobs, elections.votes, strict=False):
-        outcome, count = job.outcomes[0], replay(votes.tolist(), rule)
+    for job, votes, expected in zip(jobs, elections.votes, elections.fast.tolist(), strict=False):
+        outcome, count = job.outcomes[0], replay(votes.tolist(), rule, expected=expected)
         assert isinstance(outcome, Outcome)
         same += (outcome.label, outcome.votes, outcome.rule) == (count.label, count.votes, count.rule)
     return same

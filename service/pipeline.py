@@ -17,10 +17,12 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from service.latents import Latents, Stream, stream
 from service.sessions import Sessions
 from service.vote import Rule, StoppingRule
 
-MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+SEED_BITS = 53
+MAX_SEED = 2**SEED_BITS - 1  # the largest integer that every JSON reader keeps exact
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,26 +101,36 @@ class _Election:
     rule: StoppingRule
     seed: int
     code: np.ndarray  # [code]
-    draws: np.random.Generator
-    tally: np.ndarray  # [classes] int64
+    expected: int  # the first pass' class
+    tally: list[int]  # [classes]
+    latents: Stream  # those still to come
     leader: int = 0  # the two largest entries of the tally
     runner_up: int = 0
     cast: int = 0
 
     def ballot(self) -> int:
-        return self.rule.ballot(leader=self.leader, runner_up=self.runner_up, cast=self.cast)
+        return self.rule.ballot(
+            leader=self.leader,
+            runner_up=self.runner_up,
+            cast=self.cast,
+            expected=self.tally[self.expected] == self.leader,
+        )
 
-    def count(self, votes: np.ndarray) -> Rule | None:
-        """Add the votes of one ballot [n] int64; say which rule, if any, ends the count."""
-        self.tally += np.bincount(votes, minlength=len(self.tally))
-        self.cast += len(votes)
-        *_, self.runner_up, self.leader = sorted(self.tally.tolist())
-        return self.rule.ended_by(leader=self.leader, runner_up=self.runner_up, cast=self.cast)
+    def count(self, ballot: list[int], *, cast: int) -> Rule | None:
+        """Add the votes of one ballot, by class; say which rule, if any, ends the count."""
+        self.tally = [votes + more for votes, more in zip(self.tally, ballot, strict=True)]
+        self.cast += cast
+        *_, self.runner_up, self.leader = sorted(self.tally)
+        return self.rule.ended_by(
+            leader=self.leader,
+            runner_up=self.runner_up,
+            cast=self.cast,
+            expected=self.tally[self.expected] == self.leader,
+        )
 
     def end(self, rule: Rule) -> None:
-        tally = self.tally.tolist()
         self.job.outcomes[self.image] = Outcome(
-            label=tally.index(self.leader), votes=self.cast, tally=tally, rule=rule, seed=self.seed
+            label=self.tally.index(self.leader), votes=self.cast, tally=self.tally, rule=rule, seed=self.seed
         )
         self.job.open -= 1
 
@@ -132,6 +144,7 @@ class Pipeline:
         self.latent = latent
         self.classes = classes
         self.round_rows = round_rows
+        self._latents = Latents()
         self._waiting: deque[Job] = deque()  # for their first pass
         self._open: deque[_Election] = deque()
 
@@ -190,6 +203,7 @@ class Pipeline:
         ]
         probabilities = np.concatenate([part.probabilities for part in parts])
         codes = np.concatenate([part.codes for part in parts])
+        labels = probabilities.argmax(axis=1).tolist()
         done = time.monotonic()
 
         offset = 0
@@ -201,18 +215,17 @@ class Pipeline:
             if job.ballot is None:
                 finished.append(job)
             else:
-                self._call_elections(job, job.ballot, codes[own])
+                self._call_elections(job, job.ballot, codes[own], labels[own])
         return size
 
-    def _call_elections(self, job: Job, ballot: Ballot, codes: np.ndarray) -> None:
+    def _call_elections(self, job: Job, ballot: Ballot, codes: np.ndarray, expected: list[int]) -> None:
         rule = StoppingRule(ballot.samples, self.classes, ballot.risk)
         job.outcomes = [None] * len(codes)
         job.open = len(codes)
-        for image, code in enumerate(codes):
-            # the seed alone decides an election's latents: not its place in a request, nor what it is batched with
-            seed = secrets.randbelow(MAX_SEED + 1) if ballot.seed is None else ballot.seed
-            draws = np.random.Generator(np.random.Philox(key=seed))
-            self._open.append(_Election(job, image, rule, seed, code, draws, np.zeros(self.classes, np.int64)))
+        for image, (code, label) in enumerate(zip(codes, expected, strict=True)):
+            seed = secrets.randbits(SEED_BITS) if ballot.seed is None else ballot.seed
+            tally = [0] * self.classes
+            self._open.append(_Election(job, image, rule, seed, code, label, tally, stream(seed)))
 
     def _round(self, finished: list[Job]) -> tuple[int, int]:
         elections, sizes = self._call_round()
@@ -220,14 +233,16 @@ class Pipeline:
             return 0, 0
         rows = sum(sizes)
         latents = np.empty((rows, self.latent), np.float32)
-        ends = np.cumsum(sizes).tolist()
-        for election, start, end in zip(elections, [0, *ends], ends, strict=False):
-            election.draws.standard_normal(out=latents[start:end], dtype=np.float32)
+        start = 0
+        for election, size in zip(elections, sizes, strict=True):
+            election.latents = self._latents.draw(election.latents, out=latents[start : start + size])
+            start += size
         code_index = np.repeat(np.arange(len(elections)), sizes)
         votes = self.sessions.vote(np.stack([e.code for e in elections]), code_index, latents)
+        by_class = np.bincount(code_index * self.classes + votes, minlength=len(elections) * self.classes)
 
-        for election, start, end in zip(elections, [0, *ends], ends, strict=False):
-            if rule := election.count(votes[start:end]):
+        for election, ballot, cast in zip(elections, by_class.reshape(-1, self.classes).tolist(), sizes, strict=True):
+            if rule := election.count(ballot, cast=cast):
                 election.end(rule)
                 if not election.job.open:
                     finished.append(election.job)

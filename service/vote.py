@@ -5,13 +5,14 @@ wins, the lowest index among equals. Two rules end the count before all votes ar
 
 * **exact** (curtailment): the leader is ahead of the runner-up by more than the votes left. Always the answer of the
   full count.
-* **risk-limited**: with s_A votes for the leader and s_j for every other class j of K,
+* **risk-limited**: with s_A votes for the leader, s_j for every other class j of K, and B the beta function,
 
-      (s_A + s_j + 1)! / (s_A! s_j!) * 2^-(s_A + s_j) <= risk / (K - 1)
+      B(b, b) / (2^(s_A + s_j) B(s_A + b, s_j + b)) <= risk * w_A
 
+  where w_A is 9/10 for the class that the first pass expects and a K-1st of the rest for any other, and b = 1/5.
   Over the order of the votes, the probability that the count ever stops at a class which the full count would not
   elect is at most `risk`, however often the rule is checked. This is the prior-posterior-ratio test of a two-way
-  election (Waudby-Smith & Ramdas, arXiv:2006.04347; PPR-1v1 of arXiv:2109.05047), applied to each pair.
+  election (Waudby-Smith & Ramdas, arXiv:2006.04347; PPR-1v1 of arXiv:2109.05047, where b = 1), applied to each pair.
 
 The guarantee is about the count, not about adversarial robustness. Pure arithmetic: no arrays of votes, no randomness.
 """
@@ -28,6 +29,10 @@ Rule = Literal["exact", "risk-limited", "deadline"]
 MIN_RISK = 1e-12  # below it, rounding of the logarithms would no longer be small beside the rule
 MAX_RISK = 0.5
 
+# The guarantee holds whatever these are; chosen for elections that are all but undisputed, since most are:
+EXPECTED = 0.9  # the part of the risk that is spent on the class which the first pass expects
+BETA = 0.2  # of the prior Beta(b, b): 1 is the uniform one; the smaller, the more is bet on a large share
+
 # Votes asked for at once while an election stays open: at least SMALLEST (a round has a fixed cost), at most LARGEST
 # (so that one election does not fill a round). benchmarks/votes.py measures what they cost in votes and rounds.
 SMALLEST_BALLOT = 4
@@ -35,14 +40,14 @@ LARGEST_BALLOT = 512
 
 
 class _Leads:
-    """Entry s: the fewest votes of a leader that end the count, at one risk, against a runner-up with s votes.
+    """Entry s: the fewest votes of a leader that end the count, at its part of the risk, against a runner-up's s votes.
 
     The table grows as far as elections ask for it, so that a caller's own risk costs no more than its own votes. Of
     the rule's other classes the runner-up alone need be looked at: the left side grows with s_j.
     """
 
-    def __init__(self, classes: int, risk: float) -> None:
-        self._limit = log(risk / (classes - 1))
+    def __init__(self, risk: float) -> None:
+        self._limit = log(risk)
         self._entries: list[int] = []
 
     def __getitem__(self, runner_up: int) -> int:
@@ -57,18 +62,25 @@ class _Leads:
 
 
 @lru_cache(maxsize=1024)
-def _leads(classes: int, risk: float) -> _Leads:
-    return _Leads(classes, risk)
+def _leads(risk: float) -> _Leads:
+    return _Leads(risk)
 
 
 def _log_ratio(leader: int, other: int) -> float:
-    n = leader + other
-    return lgamma(n + 2) - lgamma(leader + 1) - lgamma(other + 1) - n * log(2)
+    return _log_beta(BETA, BETA) - _log_beta(leader + BETA, other + BETA) - (leader + other) * log(2)
+
+
+def _log_beta(x: float, y: float) -> float:
+    return lgamma(x) + lgamma(y) - lgamma(x + y)
 
 
 @dataclass(frozen=True)
 class StoppingRule:
     """Both rules for one election. `risk` = 0 leaves only the exact one.
+
+    What is said of a count: the votes of the `leader` and the `runner_up`, its two largest; those `cast` so far; and
+    whether the leader, or one of several, is the class `expected` before the count, here the first pass' own. The
+    guarantee holds whatever was expected, as long as no vote had a part in it.
 
     Raises ValueError for samples below 1, classes below 2, or a risk that is neither 0 nor in [1e-12, 0.5].
     """
@@ -76,39 +88,40 @@ class StoppingRule:
     samples: int
     classes: int
     risk: float
-    _leads: _Leads | None = field(init=False, repr=False, compare=False)
+    _leads: tuple[_Leads, _Leads] | None = field(init=False, repr=False, compare=False)  # unexpected, expected leader
 
     def __post_init__(self) -> None:
         if self.samples < 1 or self.classes < 2:
             raise ValueError(f"no election with {self.samples} votes and {self.classes} classes")
         if self.risk and not MIN_RISK <= self.risk <= MAX_RISK:
             raise ValueError(f"risk {self.risk} is neither 0 nor in [{MIN_RISK}, {MAX_RISK}]")
-        object.__setattr__(self, "_leads", _leads(self.classes, self.risk) if self.risk else None)
+        parts = ((1 - EXPECTED) / (self.classes - 1), EXPECTED)
+        leads = (_leads(self.risk * parts[0]), _leads(self.risk * parts[1])) if self.risk else None
+        object.__setattr__(self, "_leads", leads)
 
-    def ended_by(self, *, leader: int, runner_up: int, cast: int) -> Rule | None:
-        """Which rule ends the count of `cast` votes, `leader` and `runner_up` being the two largest; None: none."""
+    def ended_by(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> Rule | None:
+        """Which rule ends the count; None: none."""
         if cast == self.samples or leader - runner_up > self.samples - cast:
             return "exact"
-        if self._leads is not None and leader >= self._leads[runner_up]:
+        if self._leads is not None and leader >= self._leads[expected][runner_up]:
             return "risk-limited"
         return None
 
-    def fewest(self, *, leader: int, runner_up: int, cast: int) -> int:
-        """The fewest further votes that end an open count: those needed if all of them go to the leader."""
+    def needed(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
+        """The fewest further votes that end an open count if all of them go to the leader."""
         left = self.samples - cast
         by_exact = (left - (leader - runner_up)) // 2 + 1
         if self._leads is not None:
-            return min(by_exact, self._leads[runner_up] - leader, left)
+            return min(by_exact, self._leads[expected][runner_up] - leader, left)
         return min(by_exact, left)
 
-    def ballot(self, *, leader: int, runner_up: int, cast: int) -> int:
+    def ballot(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
         """How many votes to draw next in an open count.
 
-        The fewest that could end it; but for an election that has stayed open up to twice as many, or half of those
-        cast, so that a contested one does not take a round for every few votes. A function of the tally alone: so the
-        points at which the rules are checked, and with them the answer to a seed, are the same however elections are
-        batched together.
+        Those needed; but for an election that has stayed open up to twice as many, or half of those cast, so that a
+        contested one does not take a round for every few votes. A function of the tally alone: so the points at which
+        the rules are checked, and with them the answer to a seed, are the same however elections are batched together.
         """
-        fewest = self.fewest(leader=leader, runner_up=runner_up, cast=cast)
-        size = max(fewest, SMALLEST_BALLOT, min(cast // 2, 2 * fewest))
+        needed = self.needed(leader=leader, runner_up=runner_up, cast=cast, expected=expected)
+        size = max(needed, SMALLEST_BALLOT, min(cast // 2, 2 * needed))
         return min(size, LARGEST_BALLOT, self.samples - cast)

@@ -1,7 +1,8 @@
 """The stopping rules against brute force, exact arithmetic, dynamic programming and simulation.
 
 An election is its list of totals. The full count elects the class with most votes, the lowest index among equals, so
-that a stop at another of the tied classes counts as wrong.
+that a stop at another of the tied classes counts as wrong. Which class was expected is the election's worst luck where
+it is another than the elected one.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cache
 from itertools import product
 from math import comb, exp, lgamma, log, log1p, prod
 
@@ -18,16 +20,16 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from service.vote import LARGEST_BALLOT, MAX_RISK, MIN_RISK, SMALLEST_BALLOT, StoppingRule
+from service.vote import BETA, EXPECTED, LARGEST_BALLOT, MAX_RISK, MIN_RISK, SMALLEST_BALLOT, StoppingRule
 
 
 def elected(totals: list[int] | tuple[int, ...]) -> int:
     return totals.index(max(totals))
 
 
-def two_largest(tally: list[int] | tuple[int, ...]) -> dict[str, int]:
+def standing(tally: list[int] | tuple[int, ...], *, expected: int = 0) -> dict[str, int]:
     *_, runner_up, leader = sorted(tally)
-    return {"leader": leader, "runner_up": runner_up, "cast": sum(tally)}
+    return {"leader": leader, "runner_up": runner_up, "cast": sum(tally), "expected": tally[expected] == leader}
 
 
 def first_stop(rule: StoppingRule, votes: list[int], *, by_ballots: bool) -> tuple[list[int], str]:
@@ -36,10 +38,10 @@ def first_stop(rule: StoppingRule, votes: list[int], *, by_ballots: bool) -> tup
     check = 0
     for cast, vote in enumerate(votes):
         if by_ballots and cast == check:
-            check += rule.ballot(**two_largest(tally))
+            check += rule.ballot(**standing(tally))
         tally[vote] += 1
         if not by_ballots or cast + 1 == check:
-            ended = rule.ended_by(**two_largest(tally))
+            ended = rule.ended_by(**standing(tally))
             if ended:
                 return tally, ended
     raise AssertionError("the rule let the count go on past its last vote")
@@ -69,7 +71,7 @@ def test_the_exact_rule_is_right_and_no_later_than_it_must_be_for_every_order_of
             tally = [votes[:cast].count(label) for label in range(classes)]
             *_, runner_up, leader = sorted(tally)
             sure = leader > runner_up + samples - cast
-            assert bool(rule.ended_by(**two_largest(tally))) == (sure or cast == samples)
+            assert bool(rule.ended_by(**standing(tally))) == (sure or cast == samples)
             if sure:
                 assert elected(tally) == full
 
@@ -77,25 +79,39 @@ def test_the_exact_rule_is_right_and_no_later_than_it_must_be_for_every_order_of
 # --- the risk-limited rule: the formula -------------------------------------------------------------------------------
 
 
-def satisfies_the_formula(leader: int, other: int, *, classes: int, risk: float) -> bool:
-    """(s_A + s_j + 1)! / (s_A! s_j!) * 2^-(s_A + s_j) <= risk / (K - 1), in rational numbers."""
+@cache
+def rising(start: Fraction, steps: int) -> Fraction:
+    """start (start + 1) ... (start + steps - 1) = Gamma(start + steps) / Gamma(start)."""
+    return prod((start + step for step in range(steps)), start=Fraction(1))
+
+
+def satisfies_the_formula(leader: int, other: int, *, classes: int, risk: float, expected: bool) -> bool:
+    """B(b, b) / (2^(s_A + s_j) B(s_A + b, s_j + b)) <= risk * w_A, in rational numbers."""
+    b = Fraction(str(BETA))
+    weight = Fraction(str(EXPECTED)) if expected else (1 - Fraction(str(EXPECTED))) / (classes - 1)
     cast = leader + other
-    return Fraction((cast + 1) * comb(cast, leader), 2**cast) <= Fraction(risk) / (classes - 1)
+    ratio = rising(2 * b, cast) / (2**cast * rising(b, leader) * rising(b, other))
+    return ratio <= Fraction(risk) * weight
 
 
 @pytest.mark.parametrize("classes", [2, 10, 1000])
 @pytest.mark.parametrize("risk", [0.5, 0.05, 1e-3, 1e-6, 1e-12])
-def test_the_rule_ends_the_count_exactly_where_the_formula_says(classes, risk):
-    samples = 600
+@pytest.mark.parametrize("expected", [True, False], ids=["expected", "unexpected"])
+def test_the_rule_ends_the_count_exactly_where_the_formula_says(classes, risk, expected):
+    samples = 300
     rule = StoppingRule(samples, classes, risk)
+    leader = 1
     for runner_up in range(0, samples // 2, 3):
-        leader = runner_up
-        while leader + runner_up < samples and not satisfies_the_formula(leader, runner_up, classes=classes, risk=risk):
+        leader = max(leader, runner_up + 1)  # an election that is not led has no winner yet
+        while leader + runner_up < samples and not satisfies_the_formula(
+            leader, runner_up, classes=classes, risk=risk, expected=expected
+        ):
             leader += 1
         for near in range(max(leader - 2, runner_up), min(leader + 3, samples - runner_up)):
             by_curtailment = near > samples - near
-            expected = "exact" if by_curtailment else "risk-limited" if near >= leader else None
-            assert rule.ended_by(leader=near, runner_up=runner_up, cast=near + runner_up) == expected
+            ended = "exact" if by_curtailment else "risk-limited" if near >= leader else None
+            count = {"leader": near, "runner_up": runner_up, "cast": near + runner_up}
+            assert rule.ended_by(**count, expected=expected) == ended
 
 
 @given(
@@ -104,25 +120,29 @@ def test_the_rule_ends_the_count_exactly_where_the_formula_says(classes, risk):
 )
 def test_checking_the_runner_up_checks_every_other_class(totals, risk):
     rule = StoppingRule(samples=10_000, classes=len(totals), risk=risk)
+    count = standing(totals)
     leader, *others = sorted(totals, reverse=True)
-    by_formula = all(satisfies_the_formula(leader, other, classes=len(totals), risk=risk) for other in others)
-    assert (rule.ended_by(**two_largest(totals)) == "risk-limited") == (by_formula and leader > others[0])
+    by_formula = all(
+        satisfies_the_formula(leader, other, classes=len(totals), risk=risk, expected=bool(count["expected"]))
+        for other in others
+    )
+    assert (rule.ended_by(**count) == "risk-limited") == (by_formula and leader > others[0])
 
 
 # --- the risk-limited rule: the probability of a wrong stop, exactly --------------------------------------------------
 
 
-def wrong_stop_probability(rule: StoppingRule, totals: tuple[int, ...], *, by_ballots: bool) -> float:
+def wrong_stop_probability(rule: StoppingRule, totals: tuple[int, ...], *, by_ballots: bool, expected: int) -> float:
     """Over all orders of the votes; by dynamic programming over the tallies at which the rule is checked."""
     reached = [defaultdict(float) for _ in range(rule.samples + 1)]
     reached[0][(0,) * len(totals)] = 1.0
     wrong = 0.0
     for cast, tallies in enumerate(reached):
         for tally, probability in tallies.items():
-            if cast and rule.ended_by(**two_largest(tally)):
+            if cast and rule.ended_by(**standing(tally, expected=expected)):
                 wrong += probability * (elected(tally) != elected(totals))
                 continue
-            size = rule.ballot(**two_largest(tally)) if by_ballots else 1
+            size = rule.ballot(**standing(tally, expected=expected)) if by_ballots else 1
             left = [total - count for total, count in zip(totals, tally, strict=True)]
             for drawn in compositions(size, left):
                 ways = prod(map(comb, left, drawn))
@@ -160,13 +180,14 @@ SMALL_ELECTIONS = [
 def test_no_order_weighs_more_than_the_risk_in_small_elections(totals, by_ballots):
     for risk in (0.5, 0.2, 0.05, 1e-2):
         rule = StoppingRule(sum(totals), len(totals), risk)
-        assert wrong_stop_probability(rule, totals, by_ballots=by_ballots) <= risk
+        for expected in range(len(totals)):
+            assert wrong_stop_probability(rule, totals, by_ballots=by_ballots, expected=expected) <= risk
 
 
 def test_wrong_stops_do_happen_in_small_elections_so_the_bound_is_a_statement():
     rule = StoppingRule(60, 2, risk=0.2)
-    assert wrong_stop_probability(rule, (30, 30), by_ballots=False) > 0.02
-    assert wrong_stop_probability(rule, (30, 30), by_ballots=True) > 0.01
+    assert wrong_stop_probability(rule, (30, 30), by_ballots=False, expected=1) > 0.05
+    assert wrong_stop_probability(rule, (30, 30), by_ballots=True, expected=1) > 0.05
 
 
 # --- the risk-limited rule: the probability of a wrong stop, by simulation at full size -------------------------------
@@ -193,49 +214,68 @@ class Orders:
     leader: np.ndarray
     runner_up: np.ndarray
     winner: np.ndarray  # the count of the class that the full count elects
+    rival: np.ndarray  # and of the strongest other one, the lowest index among equals
 
 
 def random_orders(totals: tuple[int, ...], *, trials: int, seed: int = 0) -> Orders:
     rng = np.random.default_rng(seed)
     votes = np.repeat(np.arange(len(totals), dtype=np.int8), totals)
     votes = rng.permuted(np.tile(votes, (trials, 1)), axis=1)
-    leader, runner_up, winner = (np.zeros(votes.shape, np.int16) for _ in range(3))
+    leader, runner_up, winner, rival = (np.zeros(votes.shape, np.int16) for _ in range(4))
+    strongest = max((label for label in range(len(totals)) if label != elected(totals)), key=totals.__getitem__)
     for label in np.flatnonzero(totals):
         count = np.cumsum(votes == label, axis=1, dtype=np.int16)
         np.maximum(runner_up, np.minimum(leader, count), out=runner_up)
         np.maximum(leader, count, out=leader)
         if label == elected(totals):
             winner = count
-    return Orders(totals, leader, runner_up, winner)
+        if label == strongest:
+            rival = count
+    return Orders(totals, leader, runner_up, winner, rival)
 
 
-def stops(rule: StoppingRule, orders: Orders, *, by_ballots: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Votes cast in each trial when the rule ended its count, and whether another class than the winner led then."""
+def stops(
+    rule: StoppingRule, orders: Orders, *, by_ballots: bool, winner_expected: bool = False
+) -> tuple[np.ndarray, np.ndarray]:
+    """Votes cast in each trial when the rule ended its count, and whether another class than the winner led then.
+
+    Expected is the winner, or its strongest rival.
+    """
     trials = np.arange(len(orders.leader))
     votes = np.full(len(trials), rule.samples)
+    expected = (orders.winner if winner_expected else orders.rival) == orders.leader
     if by_ballots:
-        going, cast = trials, np.full(len(trials), rule.ballot(leader=0, runner_up=0, cast=0))
+        first = rule.ballot(leader=0, runner_up=0, cast=0, expected=True)
+        going, cast = trials, np.full(len(trials), first)
         while len(going):
-            at = (orders.leader[going, cast - 1], orders.runner_up[going, cast - 1], cast)
+            here = going, cast - 1
+            at = (orders.leader[here], orders.runner_up[here], cast, expected[here])
             counts, which = np.unique(np.stack(at), axis=1, return_inverse=True)
             further = np.array([ballot_or_zero(rule, *count) for count in counts.T.tolist()])[which]
             votes[going] = cast
             going, cast = going[further > 0], (cast + further)[further > 0]
     else:
-        leads = np.full(rule.samples + 1, rule.samples + 1, np.int16)  # the fewest votes that end it, by runner-up
-        for runner_up in range(rule.samples // 2):
-            for leader in range(max(runner_up, leads[runner_up - 1] if runner_up else 0), rule.samples - runner_up):
-                if rule.ended_by(leader=leader, runner_up=runner_up, cast=leader + runner_up):
-                    leads[runner_up] = leader
-                    break
-        ends = orders.leader >= leads[orders.runner_up]
+        ends = orders.leader >= np.where(
+            expected, leads(rule, expected=True)[orders.runner_up], leads(rule, expected=False)[orders.runner_up]
+        )
         votes = np.where(ends.any(axis=1), ends.argmax(axis=1) + 1, rule.samples)
     wrong = (votes < rule.samples) & (orders.winner[trials, votes - 1] < orders.leader[trials, votes - 1])
     return votes, wrong
 
 
-def ballot_or_zero(rule: StoppingRule, leader: int, runner_up: int, cast: int) -> int:
-    count = {"leader": leader, "runner_up": runner_up, "cast": cast}
+def leads(rule: StoppingRule, *, expected: bool) -> np.ndarray:
+    """The fewest votes of a leader that end the count, by those of the runner-up."""
+    found = np.full(rule.samples + 1, rule.samples + 1, np.int16)
+    for runner_up in range(rule.samples // 2):
+        for leader in range(max(runner_up, found[runner_up - 1] if runner_up else 0), rule.samples - runner_up):
+            if rule.ended_by(leader=leader, runner_up=runner_up, cast=leader + runner_up, expected=expected):
+                found[runner_up] = leader
+                break
+    return found
+
+
+def ballot_or_zero(rule: StoppingRule, leader: int, runner_up: int, cast: int, expected: int) -> int:
+    count = {"leader": leader, "runner_up": runner_up, "cast": cast, "expected": bool(expected)}
     return 0 if rule.ended_by(**count) else rule.ballot(**count)
 
 
@@ -255,16 +295,19 @@ def chance_of_at_most(count: int, *, trials: int, probability: float) -> float:
 @pytest.fixture(scope="module", params=WORST_ELECTIONS)
 def worst_orders(request):
     totals = WORST_ELECTIONS[request.param]
-    return random_orders(totals, trials=25_000 if len(totals) == 2 else 10_000)  # two classes: no slack to other pairs
+    no_slack = sum(sorted(totals)[-2:]) == SAMPLES  # for other pairs of classes
+    return random_orders(totals, trials=50_000 if no_slack else 20_000)
 
 
 @pytest.mark.parametrize("risk", [0.05, 1e-2, 1e-3])
 @pytest.mark.parametrize("by_ballots", [False, True], ids=["after-every-vote", "by-ballots"])
 def test_the_share_of_wrong_stops_is_at_most_the_risk_in_the_worst_elections(worst_orders, by_ballots, risk):
-    """So few wrong stops in 10 000 counts or more that a rule which errs as often as `risk` shows them once in 1000."""
+    """So few wrong stops in 20 000 counts or more that a rule which errs as often as `risk` shows them once in 1000."""
     rule = StoppingRule(SAMPLES, len(worst_orders.totals), risk)
     _, wrong = stops(rule, worst_orders, by_ballots=by_ballots)
     assert chance_of_at_most(int(wrong.sum()), trials=len(wrong), probability=risk) < 1e-3
+    _, fewer = stops(rule, worst_orders, by_ballots=by_ballots, winner_expected=True)
+    assert fewer.sum() <= wrong.sum()
 
 
 @pytest.mark.parametrize("by_ballots", [False, True], ids=["after-every-vote", "by-ballots"])
@@ -274,12 +317,15 @@ def test_the_simulation_shows_the_wrong_stops_of_a_rule_that_may_err_more_often(
     assert chance_of_at_most(int(wrong.sum()), trials=1000, probability=0.05) > 0.999
 
 
-@pytest.mark.parametrize(("leader", "votes"), [(1500, 18), (1350, 30), (900, 570)])
-def test_the_mean_count_at_risk_one_in_a_thousand_is_as_published(leader, votes):
+@pytest.mark.parametrize(
+    ("leader", "expected", "votes"),
+    [(1500, True, 12), (1350, True, 24), (900, True, 500), (1500, False, 19), (1350, False, 37), (900, False, 720)],
+)
+def test_the_mean_count_at_risk_one_in_a_thousand_is_as_documented(leader, expected, votes):
     """All votes that do not go to the leader go to one other of ten classes: the hardest case of that share."""
     orders = random_orders((leader, SAMPLES - leader, *8 * [0]), trials=1000)
-    cast, _ = stops(StoppingRule(SAMPLES, 10, risk=1e-3), orders, by_ballots=False)
-    assert cast.mean() == pytest.approx(votes, rel=0.15)
+    cast, _ = stops(StoppingRule(SAMPLES, 10, risk=1e-3), orders, by_ballots=False, winner_expected=expected)
+    assert cast.mean() == pytest.approx(votes, rel=0.1)
 
 
 # --- how many votes to draw next --------------------------------------------------------------------------------------
@@ -293,34 +339,31 @@ def open_counts(draw) -> tuple[StoppingRule, dict[str, int]]:
     leader = draw(st.integers(0, samples))
     runner_up = draw(st.integers(0, min(leader, samples - leader)))
     cast = draw(st.integers(leader + runner_up, min(samples, leader + (classes - 1) * runner_up)))
-    count = {"leader": leader, "runner_up": runner_up, "cast": cast}
+    count = {"leader": leader, "runner_up": runner_up, "cast": cast, "expected": draw(st.booleans())}
     assume(cast == 0 or rule.ended_by(**count) is None)
     return rule, count
 
 
 @given(open_counts())
-def test_no_fewer_votes_than_fewest_can_end_the_count(case):
+def test_as_many_further_votes_of_the_leader_as_are_needed_end_the_count_and_no_fewer(case):
     rule, count = case
-    fewest = rule.fewest(**count)
-    for further in range(1, fewest + 1):
-        after = {
-            "leader": count["leader"] + further,
-            "runner_up": count["runner_up"],
-            "cast": count["cast"] + further,
-        }
-        assert bool(rule.ended_by(**after)) == (further == fewest)
+    needed = rule.needed(**count)
+    for further in range(1, needed + 1):
+        after = count | {"leader": count["leader"] + further, "cast": count["cast"] + further}
+        assert bool(rule.ended_by(**after)) == (further == needed)
 
 
 @given(tally=st.lists(st.integers(0, 4), min_size=3, max_size=3), risk=st.sampled_from([0, 0.5, 0.3]))
 @settings(max_examples=60)
-def test_votes_for_other_classes_than_the_leader_end_no_count_sooner(tally, risk):
+def test_votes_for_other_classes_than_an_expected_leader_end_no_count_sooner(tally, risk):
     rule = StoppingRule(samples=20, classes=3, risk=risk)
-    assume(any(tally) and rule.ended_by(**two_largest(tally)) is None)
-    fewest = rule.fewest(**two_largest(tally))
-    for further in range(1, min(fewest, 7)):
+    expected = elected(tally)
+    count = standing(tally, expected=expected)
+    assume(any(tally) and rule.ended_by(**count) is None)
+    for further in range(1, min(rule.needed(**count), 7)):
         for drawn in compositions(further, [further] * 3):
-            after = [count + new for count, new in zip(tally, drawn, strict=True)]
-            assert rule.ended_by(**two_largest(after)) is None
+            after = [votes + new for votes, new in zip(tally, drawn, strict=True)]
+            assert rule.ended_by(**standing(after, expected=expected)) is None
 
 
 @given(open_counts())
@@ -335,8 +378,9 @@ def test_a_ballot_is_at_least_one_vote_and_at_most_those_left(case):
 @pytest.mark.parametrize("risk", [0, 1e-3])
 def test_the_last_vote_ends_every_count_exactly(risk):
     rule = StoppingRule(samples=1500, classes=10, risk=risk)
-    assert rule.ended_by(leader=150, runner_up=150, cast=1500) == "exact"
-    assert rule.ended_by(leader=150, runner_up=150, cast=1499) is None
+    for expected in (True, False):
+        assert rule.ended_by(leader=150, runner_up=150, cast=1500, expected=expected) == "exact"
+        assert rule.ended_by(leader=150, runner_up=150, cast=1499, expected=expected) is None
 
 
 @pytest.mark.parametrize(
