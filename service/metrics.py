@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.gc_collector import GCCollector
@@ -12,11 +13,12 @@ from prometheus_client.process_collector import ProcessCollector
 from service import __version__
 from service.bundle import Bundle
 from service.pipeline import Job, Outcome, Step
+from service.vote import Rule
 
 # from a fast answer on a GPU to a full count on a busy CPU
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 ROWS = tuple(2**n for n in range(17))
-VOTES = (8, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048, 4096, 10_000)
+VOTES = (9, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048, 4096, 10_000)
 
 
 class Metrics:
@@ -52,15 +54,15 @@ class Metrics:
         )
         self._images = Counter("carso_first_pass_images", "Images that had their first pass.", registry=registry)
         self._votes = Histogram("carso_votes_per_image", "Votes cast per image.", buckets=VOTES, registry=registry)
-        self._elections = Counter(
-            "carso_elections", "Elections by the rule that ended them.", ["rule"], registry=registry
-        )
-        self._agreement = Counter(
+        elections = Counter("carso_elections", "Elections by the rule that ended them.", ["rule"], registry=registry)
+        self._elections = {rule: elections.labels(rule) for rule in get_args(Rule)}
+        agreement = Counter(
             "carso_path_agreement",
             "Images by whether fast and robust path gave the same label; a rise in disagreement may be an attack.",
             ["agree"],
             registry=registry,
         )
+        self._agreement = {agree: agreement.labels(str(agree).lower()) for agree in (False, True)}
         build = Gauge(
             "carso_build_info",
             "1; the labels say what is running.",
@@ -85,8 +87,8 @@ class Metrics:
         self._vote.observe(job.finished - job.first_pass_done)
         for outcome, agrees in zip(outcomes, agree, strict=True):
             self._votes.observe(outcome.votes)
-            self._elections.labels(outcome.rule).inc()
-            self._agreement.labels("true" if agrees else "false").inc()
+            self._elections[outcome.rule].inc()
+            self._agreement[agrees].inc()
 
     def step(self, step: Step) -> None:
         if step.first_passes:

@@ -31,7 +31,7 @@ Preset = Annotated[
     str,
     typer.Argument(help=f"One of {', '.join(PRESETS)}; or a JSON file with a recipe of your own.", metavar="RECIPE"),
 ]
-Quick = Annotated[bool, typer.Option("--quick", help="The preset's small variant: a minute or two on two cores.")]
+Quick = Annotated[bool, typer.Option("--quick", help="The preset's small variant: minutes on two cores.")]
 Seed = Annotated[int | None, typer.Option("--seed", min=0, max=2**31, help="Of everything random in training.")]
 Folder = Annotated[Path | None, typer.Option("--folder", help="Where the run lives. [default: runs/<preset>]")]
 Accelerator = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto: CUDA where it is there.")]
