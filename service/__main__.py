@@ -12,6 +12,7 @@ import uvicorn
 from service import logs
 from service.app import create_app
 from service.bundle import BundleError
+from service.server import Server
 from service.sessions import DeviceError
 from service.settings import Settings, SettingsError, unknown_variables
 
@@ -38,7 +39,7 @@ def main() -> None:
     # uvicorn raises the signal that ended it once more; by then all is done
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    uvicorn.run(
+    config = uvicorn.Config(
         app,
         host=settings.host,
         port=settings.port,
@@ -48,6 +49,13 @@ def main() -> None:
         access_log=False,  # service.envelope writes that line
         server_header=False,
     )
+    Server(
+        config,
+        lifecycle=app.state.lifecycle,
+        abandon=app.state.engine.abandon,
+        delay=settings.drain_delay_s,
+        timeout=settings.drain_timeout_s,
+    ).run()
 
 
 def _settle() -> None:

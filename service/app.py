@@ -16,6 +16,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from service import __version__, openapi
+from service.admission import QueueFull
 from service.answers import DeviceInfo, FastAnswer, Health, Info, Limits, RobustAnswer, bundle_info, bundle_name
 from service.bodies import MEDIA_TYPES
 from service.bundle import Bundle
@@ -35,6 +36,7 @@ from service.images import Reader
 from service.metrics import Metrics
 from service.options import FastOptions, robust_options
 from service.pipeline import Pipeline
+from service.server import Lifecycle
 from service.sessions import Sessions
 from service.settings import Settings, SettingsError
 
@@ -58,6 +60,13 @@ def create_app(settings: Settings) -> FastAPI:
             f"CARSO_MAX_SAMPLES: {settings.max_samples} is not allowed with bundle {manifest.name}; it must be at "
             f"least {manifest.samples}, the votes that the bundle counts by default"
         )
+    largest = settings.max_images * (settings.max_samples + 1)
+    if settings.queue_rows < largest or settings.fast_queue_rows < settings.max_images:
+        raise SettingsError(
+            f"CARSO_QUEUE_ROWS: {settings.queue_rows}, CARSO_FAST_QUEUE_ROWS: {settings.fast_queue_rows} are not "
+            f"allowed with these limits; they must be at least {largest} = CARSO_MAX_IMAGES x (CARSO_MAX_SAMPLES + 1) "
+            f"and {settings.max_images} = CARSO_MAX_IMAGES, or the largest request would never be taken"
+        )
     sessions = Sessions(
         bundle,
         device=settings.device,
@@ -68,7 +77,13 @@ def create_app(settings: Settings) -> FastAPI:
     provider = sessions.provider
     metrics = Metrics(bundle, provider=provider)
     pipeline = Pipeline(sessions, latent=manifest.latent, classes=len(manifest.classes), round_rows=settings.round_rows)
-    engine = Engine(pipeline, observe=metrics.step)
+    engine = Engine(
+        pipeline,
+        observe=metrics.step,
+        queue_rows={"robust": settings.queue_rows, "fast": settings.fast_queue_rows},
+    )
+    lifecycle = Lifecycle()
+    metrics.watch(engine, lifecycle)
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="carso-decode")
 
     @asynccontextmanager
@@ -81,6 +96,7 @@ def create_app(settings: Settings) -> FastAPI:
         pool.shutdown(wait=False, cancel_futures=True)
 
     app = FastAPI(title="CARSO", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
+    app.state.engine, app.state.lifecycle = engine, lifecycle
     options = robust_options(samples=manifest.samples, max_samples=settings.max_samples, risk=settings.risk)
     _add_classification(
         app,
@@ -98,21 +114,22 @@ def create_app(settings: Settings) -> FastAPI:
         ),
     )
     _add_info(app, settings, bundle, provider=provider)
-    _add_operations(app, engine, metrics)
-    for kind in (RequestError, EngineError, ClientDisconnect, HTTPException):
+    _add_operations(app, engine, metrics, lifecycle, watchdog=settings.watchdog_s)
+    for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, refuse)
     app.add_middleware(
         Envelope,
         max_body_bytes=settings.max_body_bytes,
         endpoints=[path for route in app.routes if (path := getattr(route, "path", None))],
         metrics=metrics,
+        lifecycle=lifecycle,
     )
     return app
 
 
 def _add_classification(app: FastAPI, settings: Settings, bundle: Bundle, classification: Classification) -> None:
     spec, max_images = bundle.manifest.input, settings.max_images
-    elsewhere = (NotFound, MethodNotAllowed, NotReady)
+    elsewhere = (NotFound, MethodNotAllowed)
     app.router.add_api_route(
         "/classify",
         classification.robust,
@@ -157,17 +174,21 @@ def _add_info(app: FastAPI, settings: Settings, bundle: Bundle, *, provider: str
         return info
 
 
-def _add_operations(app: FastAPI, engine: Engine, metrics: Metrics) -> None:
+def _add_operations(app: FastAPI, engine: Engine, metrics: Metrics, lifecycle: Lifecycle, *, watchdog: float) -> None:
     """Probes and metrics: they touch no queue and wait for nothing."""
     health = openapi.responses(InternalError, NotReady)
 
     @app.get("/livez", summary="Whether this process should go on", responses=health)
     async def live() -> Health:
         _check(engine)
+        if engine.stalled(watchdog):
+            raise NotReady(f"the engine has been in one step for more than {watchdog:g} s: restart this process")
         return Health(status="live")
 
     @app.get("/readyz", summary="Whether this process should be sent requests", responses=health)
     async def ready() -> Health:
+        if lifecycle.draining:
+            raise NotReady("this process is stopping: send requests to another replica")
         _check(engine)  # loading and the self-test were over before the port was opened
         return Health(status="ready")
 

@@ -64,6 +64,7 @@ class Classification:
     async def fast(self, request: Request) -> Response:
         """The fast path: the first pass only."""
         exchange: Exchange = request.state.exchange
+        self._engine.admission["fast"].check(1)  # before the body is read: a full queue costs nothing more
         images, _, decode = await self._read(request, FastOptions)
         exchange.fields["images"] = len(images)
         async with WhileConnected(request.receive):
@@ -75,6 +76,7 @@ class Classification:
     async def robust(self, request: Request) -> Response:
         """The robust path: both passes."""
         exchange: Exchange = request.state.exchange
+        self._engine.admission["robust"].check(1)
         images, options, decode = await self._read(request, self.robust_options)
         exchange.fields["images"] = len(images)
         ballot = Ballot(samples=options.samples, risk=options.risk, seed=options.seed)

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from service.errors import BodyTooLarge, answer, as_request_error
 from service.metrics import Metrics
+from service.server import Lifecycle
 
 log = logging.getLogger(__name__)
 
@@ -38,12 +39,21 @@ class Exchange:
 class Envelope:
     """ASGI middleware; the application under it is expected to turn its errors into answers by `refuse`."""
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, endpoints: Iterable[str], metrics: Metrics) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        endpoints: Iterable[str],
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+    ) -> None:
         """`endpoints`: the paths that metrics name; all others are counted as one, or callers could invent labels."""
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._endpoints = frozenset(endpoints)
         self._metrics = metrics
+        self._lifecycle = lifecycle
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -52,7 +62,7 @@ class Envelope:
         headers = dict(scope["headers"])
         exchange = Exchange(_request_id(headers.get(b"x-request-id", b"")))
         scope.setdefault("state", {})["exchange"] = exchange
-        send = _with_headers(send, exchange)
+        send = _with_headers(send, exchange, closing=self._lifecycle.draining)
         try:
             await self._app(scope, self._limited(receive, headers.get(b"content-length")), send)
         except Exception as e:  # whatever no handler expected: a fault of ours
@@ -88,6 +98,8 @@ class Envelope:
         path: str = scope["path"]
         endpoint = path if path in self._endpoints else "other"
         self._metrics.request(endpoint=endpoint, code=exchange.code, seconds=seconds)
+        if error := exchange.fields.get("error"):
+            self._metrics.refusal(error)
         if log.isEnabledFor(logging.INFO):
             fields = {
                 "request_id": exchange.request_id,
@@ -112,7 +124,9 @@ def _request_id(given: bytes) -> str:
     return given.decode() if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-def _with_headers(send: Send, exchange: Exchange) -> Send:
+def _with_headers(send: Send, exchange: Exchange, *, closing: bool) -> Send:
+    """`closing`: tell the client to use another connection next time."""
+
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":
             exchange.code = message["status"]
@@ -121,6 +135,8 @@ def _with_headers(send: Send, exchange: Exchange) -> Send:
                 (b"x-request-id", exchange.request_id.encode()),
                 (b"x-content-type-options", b"nosniff"),
             ]
+            if closing:
+                message["headers"].append((b"connection", b"close"))
         await send(message)
 
     return sender

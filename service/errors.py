@@ -9,6 +9,7 @@ wrong, with the value, and what to do. The name in the answer is the class's own
 
 from __future__ import annotations
 
+import math
 import re
 from typing import ClassVar
 
@@ -17,7 +18,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
-from service.engine import EngineError
+from service.admission import QueueFull
+from service.engine import EngineError, EngineStopped
 
 
 class RequestError(Exception):
@@ -25,6 +27,7 @@ class RequestError(Exception):
 
     status: ClassVar[int]
     name: ClassVar[str]
+    retry_after: int | None = None  # seconds
 
     def __init_subclass__(cls, *, status: int) -> None:
         cls.status = status
@@ -139,6 +142,14 @@ class ConflictingParameters(RequestError, status=422):
     """One option given twice, with different values."""
 
 
+class Overloaded(RequestError, status=429):
+    """More work is owed already than the service takes on."""
+
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class ClientGone(RequestError, status=499):
     """The client hung up; nobody reads this answer, but the log and the metrics count it."""
 
@@ -148,11 +159,13 @@ class InternalError(RequestError, status=500):
 
 
 class EngineFailed(RequestError, status=500):
-    """The engine has failed or was stopped while it had this request."""
+    """The engine has failed while it had this request, or before."""
 
 
 class NotReady(RequestError, status=503):
     """The service takes no work now."""
+
+    retry_after = 1
 
 
 class DeadlineExceeded(RequestError, status=504):
@@ -166,9 +179,13 @@ def as_request_error(error: Exception) -> RequestError:
             return error
         case ClientDisconnect():
             return ClientGone("the client closed the connection before the body was complete")
+        case QueueFull():
+            return Overloaded(str(error), retry_after=math.ceil(error.wait))
+        case EngineStopped():
+            return NotReady("the service is stopping: send this request again, to another replica if any")
         case EngineError():
             return EngineFailed(
-                "the engine stopped before this request was done: send it again, to another replica if any"
+                "the engine failed before this request was done: send it again, to another replica if any"
             )
         case HTTPException(status_code=404):
             return NotFound("there is nothing at this path; GET /docs lists what there is")
@@ -183,5 +200,7 @@ def answer(error: Exception, request_id: str) -> Response:
     """The one shape of every error: `error`, `message`, `request_id`."""
     shown = as_request_error(error)
     content = to_json({"error": shown.name, "message": str(shown), "request_id": request_id})
-    headers = {"allow": error.headers["Allow"]} if isinstance(error, HTTPException) and error.headers else None
+    headers = {"allow": error.headers["Allow"]} if isinstance(error, HTTPException) and error.headers else {}
+    if shown.retry_after is not None:
+        headers["retry-after"] = str(shown.retry_after)
     return Response(content, shown.status, headers, "application/json")

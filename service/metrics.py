@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
@@ -12,7 +13,9 @@ from prometheus_client.process_collector import ProcessCollector
 
 from service import __version__
 from service.bundle import Bundle
+from service.engine import Engine
 from service.pipeline import Job, Outcome, Step
+from service.server import Lifecycle
 from service.vote import Rule
 
 # from a fast answer on a GPU to a full count on a busy CPU
@@ -35,6 +38,9 @@ class Metrics:
             ["endpoint"],
             buckets=SECONDS,
             registry=registry,
+        )
+        self._refusals = Counter(
+            "carso_rejections", "Requests that got an error, by its name.", ["reason"], registry=registry
         )
         self._series: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         stages = Histogram(
@@ -70,6 +76,29 @@ class Metrics:
             registry=registry,
         )
         build.labels(__version__, bundle.manifest.name, bundle.manifest.version, bundle.checksum, provider).set(1)
+
+    def watch(self, engine: Engine, lifecycle: Lifecycle) -> None:
+        """Show at every scrape what `engine` owes, and whether the process is ready."""
+        ready = Gauge("carso_ready", "1: send requests; 0: draining, or the engine is dead.", registry=self._registry)
+        ready.set_function(lambda: float(engine.alive and not lifecycle.draining))
+        rows, limit, wait, jobs = (
+            Gauge(f"carso_{name}", text, ["path"], registry=self._registry)
+            for name, text in {
+                "queue_rows": "Rows of work owed: images x samples, less what is done, spared or dropped.",
+                "queue_limit_rows": "Rows of work that may be owed; beyond that, requests get 429.",
+                "estimated_wait_seconds": "Until the rows owed are done, at the measured pace.",
+                "in_flight_requests": "Requests that the engine has.",
+            }.items()
+        )
+        for path, admission in engine.admission.items():
+            limit.labels(path).set(admission.limit)
+            rows.labels(path).set_function(partial(getattr, admission, "owed"))
+            wait.labels(path).set_function(partial(getattr, admission, "wait"))
+            jobs.labels(path).set_function(partial(engine.in_flight_on, path))
+
+    def refusal(self, error: str) -> None:
+        """`error`: its name, of which there are as many as classes in service.errors."""
+        self._refusals.labels(error).inc()
 
     def request(self, *, endpoint: str, code: int, seconds: float) -> None:
         requests, duration = self._of_endpoint(endpoint, code)

@@ -14,12 +14,15 @@ import time
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 
 from service.latents import Latents, Stream, stream
 from service.sessions import Sessions
 from service.vote import Rule, StoppingRule
+
+Path = Literal["fast", "robust"]
 
 SEED_BITS = 53
 MAX_SEED = 2**SEED_BITS - 1  # the largest integer that every JSON reader keeps exact
@@ -71,6 +74,10 @@ class Job:
             raise ValueError("a job needs at least one image")
 
     @property
+    def path(self) -> Path:
+        return "robust" if self.ballot else "fast"
+
+    @property
     def rows(self) -> int:
         """Rows of work it may need at most: first passes and votes."""
         return len(self.images) * (1 + (self.ballot.samples if self.ballot else 0))
@@ -84,14 +91,8 @@ class Step:
     first_passes: int  # images
     rows: int  # votes
     elections: int  # that took part in the round
-    seconds: float = 0.0  # of the round
-
-
-def _done(step: Step) -> Step:
-    now = time.monotonic()
-    for job in step.finished:
-        job.finished = now
-    return step
+    seconds: float
+    settled: dict[Path, int]  # rows that jobs owe no longer: done, spared by an early stop, or dropped
 
 
 @dataclass(eq=False, slots=True)
@@ -147,6 +148,7 @@ class Pipeline:
         self._latents = Latents()
         self._waiting: deque[Job] = deque()  # for their first pass
         self._open: deque[_Election] = deque()
+        self._settled: dict[Path, int] = {"fast": 0, "robust": 0}  # in this step
 
     @property
     def busy(self) -> bool:
@@ -157,9 +159,10 @@ class Pipeline:
 
     def first_passes(self) -> Step:
         """The first passes of waiting jobs: as many as fit into one batch; a larger job goes alone, in parts."""
+        began = time.monotonic()
         finished: list[Job] = []
         images = self._first_passes(finished)
-        return _done(Step(finished, images, rows=0, elections=0))
+        return self._done(finished, began=began, first_passes=images)
 
     def round(self) -> Step:
         """One round of votes over open elections in turn, as many as fit; those it leaves open go to the back."""
@@ -167,12 +170,19 @@ class Pipeline:
         finished: list[Job] = []
         self._dismiss(finished)
         rows, elections = self._round(finished)
-        return _done(Step(finished, 0, rows, elections, time.monotonic() - began))
+        return self._done(finished, began=began, rows=rows, elections=elections)
 
     def step(self) -> Step:
         """First passes, then a round."""
         first, then = self.first_passes(), self.round()
-        return Step([*first.finished, *then.finished], first.first_passes, then.rows, then.elections, then.seconds)
+        return Step(
+            finished=[*first.finished, *then.finished],
+            first_passes=first.first_passes,
+            rows=then.rows,
+            elections=then.elections,
+            seconds=first.seconds + then.seconds,
+            settled={path: first.settled[path] + then.settled[path] for path in first.settled},
+        )
 
     def classify(self, images: np.ndarray, ballot: Ballot) -> list[Outcome]:
         """The elections of `images` [n, *shape], run to their end: for offline use of an idle pipeline."""
@@ -182,12 +192,22 @@ class Pipeline:
             self.step()
         return [outcome for outcome in job.outcomes if outcome is not None]
 
+    def _done(
+        self, finished: list[Job], *, began: float, first_passes: int = 0, rows: int = 0, elections: int = 0
+    ) -> Step:
+        now = time.monotonic()
+        for job in finished:
+            job.finished = now
+        settled, self._settled = self._settled, {"fast": 0, "robust": 0}
+        return Step(finished, first_passes, rows, elections, now - began, settled)
+
     def _first_passes(self, finished: list[Job]) -> int:
         batch: list[Job] = []
         size = 0
         while self._waiting and (not batch or size + len(self._waiting[0].images) <= self.round_rows):
             job = self._waiting.popleft()
             if job.cancelled:
+                self._settled[job.path] += job.rows
                 finished.append(job)
                 continue
             batch.append(job)
@@ -212,6 +232,7 @@ class Pipeline:
             offset = own.stop
             job.started, job.first_pass_done = started, done
             job.probabilities = probabilities[own]
+            self._settled[job.path] += len(job.images)
             if job.ballot is None:
                 finished.append(job)
             else:
@@ -242,7 +263,9 @@ class Pipeline:
         by_class = np.bincount(code_index * self.classes + votes, minlength=len(elections) * self.classes)
 
         for election, ballot, cast in zip(elections, by_class.reshape(-1, self.classes).tolist(), sizes, strict=True):
+            self._settled["robust"] += cast
             if rule := election.count(ballot, cast=cast):
+                self._settled["robust"] += election.rule.samples - election.cast
                 election.end(rule)
                 if not election.job.open:
                     finished.append(election.job)
@@ -263,6 +286,7 @@ class Pipeline:
             else:
                 staying.append(election)
                 continue
+            self._settled["robust"] += election.rule.samples - election.cast
             if not job.open:
                 finished.append(job)
         self._open = staying

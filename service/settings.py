@@ -94,6 +94,28 @@ class Settings(BaseSettings):
     decode_threads: int = Field(
         default=2, ge=1, le=64, description="Threads that decode bodies too large to decode at once."
     )
+    queue_rows: int = Field(
+        default=2**20,
+        ge=1,
+        le=2**40,
+        description="Rows of work (images x samples) that the robust path may owe; more is refused with 429.",
+    )
+    fast_queue_rows: int = Field(
+        default=2**14, ge=1, le=2**40, description="Images that the fast path may owe; more is refused with 429."
+    )
+    drain_delay_s: float = Field(
+        default=0,
+        ge=0,
+        le=3600,
+        description="Seconds between a signal to stop, from which on readiness fails, and the closing of the port: as "
+        "long as whoever routes requests here takes to notice.",
+    )
+    drain_timeout_s: float = Field(
+        default=30, ge=0, le=3600, description="Seconds that requests in flight then have to finish."
+    )
+    watchdog_s: float = Field(
+        default=30, gt=0, le=3600, description="Seconds that one step of the engine may take before liveness fails."
+    )
     allow_seed: bool = Field(
         default=True,
         description="Let callers choose the seed of the latents. On: who may ask for 1 sample or the fast path can "

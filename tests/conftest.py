@@ -15,7 +15,7 @@ from tests.server import Server, serving
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One server with default limits but for endless counts, over a bundle of 1 x 8 x 8 images and 10 classes."""
     log = tmp_path_factory.mktemp("server") / "log"
-    with serving(shared_bundle(SMALL), log, max_samples=100_000) as running:
+    with serving(shared_bundle(SMALL), log, max_samples=100_000, queue_rows=10_000_000) as running:
         yield running
 
 

@@ -1,0 +1,62 @@
+"""Uvicorn, taught to leave in good order.
+
+SIGTERM or SIGINT -> readiness fails, the listener stays open for a while, because those who route requests here take
+time to notice -> the listener closes, requests in flight finish -> those that do not in time are told so -> exit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import FrameType
+
+import uvicorn
+
+
+@dataclass
+class Lifecycle:
+    """What the application knows of the process around it."""
+
+    draining: bool = False
+
+
+class Server(uvicorn.Server):
+    """A second signal skips what is left of the delay."""
+
+    def __init__(
+        self,
+        config: uvicorn.Config,
+        *,
+        lifecycle: Lifecycle,
+        abandon: Callable[[], None],
+        delay: float,
+        timeout: float,
+    ) -> None:
+        """`delay` and `timeout` in seconds. `abandon` is called at the end of `timeout`, to end what is in flight."""
+        super().__init__(config)
+        config.timeout_graceful_shutdown = math.ceil(timeout) + 1  # for bodies that never end; all else has ended
+        self._lifecycle = lifecycle
+        self._abandon = abandon
+        self._delay = delay
+        self._timeout = timeout
+        self._closing_at = math.inf  # on the clock of time.monotonic
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._lifecycle.draining or not self._delay:
+            super().handle_exit(sig, frame)
+        else:
+            self._closing_at = time.monotonic() + self._delay
+        self._lifecycle.draining = True
+
+    async def on_tick(self, counter: int) -> bool:
+        self.should_exit = self.should_exit or time.monotonic() >= self._closing_at
+        return await super().on_tick(counter)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        timer = asyncio.get_running_loop().call_later(self._timeout, self._abandon)
+        await super().shutdown(sockets)
+        timer.cancel()

@@ -1,0 +1,98 @@
+"""Admission by rows of work: the arithmetic, in the engine, and over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from service.admission import Admission, QueueFull
+from service.bundle import Bundle
+from service.engine import Engine
+from service.pipeline import Ballot, Job, Pipeline
+from service.sessions import Sessions
+from tests.bundles import SMALL, random_images, shared_bundle
+from tests.calls import as_png, sample
+from tests.server import serving
+
+ENDLESS = Ballot(samples=2_000_000, risk=0, seed=1)
+
+
+def test_work_is_admitted_up_to_the_limit_and_again_when_some_is_settled():
+    admission = Admission(100)
+    admission.admit(60)
+    admission.admit(40)
+    with pytest.raises(QueueFull, match="100 rows of work are owed"):
+        admission.admit(1)
+    admission.settle(30, seconds=1)
+    admission.admit(30)
+    assert admission.owed == 100
+
+
+def test_the_wait_follows_from_the_queue_and_the_measured_pace():
+    admission = Admission(1000)
+    admission.admit(1000)
+    assert (admission.pace, admission.wait) == (0, 0)
+    for _ in range(50):
+        admission.settle(10, seconds=0.1)
+    assert admission.pace == pytest.approx(100)
+    assert admission.wait == pytest.approx(500 / 100)
+    with pytest.raises(QueueFull) as full:
+        admission.check(1000)
+    assert full.value.wait == pytest.approx((500 + 1000 - 1000) / 100)
+
+
+def test_a_caller_is_told_to_wait_between_a_second_and_a_minute():
+    admission = Admission(10**9)
+    admission.admit(10**9)
+    admission.settle(10, seconds=1)
+    for rows, wait in {11: 1, 10**8: 60}.items():
+        with pytest.raises(QueueFull) as full:
+            admission.check(rows)
+        assert full.value.wait == wait
+
+
+async def test_the_robust_path_may_be_full_while_the_fast_path_is_not():
+    sessions = Sessions(Bundle.load(shared_bundle(SMALL)), device="cpu", threads=1)
+    pipeline = Pipeline(sessions, latent=SMALL.purifier.latent, classes=SMALL.classifier.classes, round_rows=128)
+    engine = Engine(pipeline, queue_rows={"robust": 3_000_000, "fast": 2})
+    engine.start()
+    try:
+        images = random_images(3)
+        first = asyncio.create_task(engine.run(Job(images[:1], ENDLESS)))
+        await asyncio.sleep(0.05)
+        assert 0 < engine.admission["robust"].owed < 2_000_001  # what was cast is owed no longer
+        with pytest.raises(QueueFull):
+            await engine.run(Job(images[:1], ENDLESS))
+        with pytest.raises(QueueFull):
+            await engine.run(Job(images))
+        await asyncio.wait_for(engine.run(Job(images[:2])), 60)
+        first.cancel()
+        for ballot in (Ballot(samples=1500, risk=1e-3), Ballot(samples=1500, risk=0)):
+            await asyncio.wait_for(engine.run(Job(images, ballot)), 60)
+        assert [admission.owed for admission in engine.admission.values()] == [0, 0]
+    finally:
+        await engine.stop()
+
+
+def test_a_full_service_answers_429_with_a_time_to_come_back(tmp_path):
+    limits = {"max_images": 1, "max_samples": 100_000, "queue_rows": 100_001}
+    with serving(shared_bundle(SMALL), tmp_path / "log", **limits) as server, server.client() as client:
+
+        def ask(_):
+            return as_png("/classify", client, samples=100_000, risk=0)
+
+        with ThreadPoolExecutor(12) as pool:
+            answers = list(pool.map(ask, range(12)))
+        assert {answer.status_code for answer in answers} == {200, 429}
+        for answer in answers:
+            if answer.status_code == 429:
+                assert answer.json()["error"] == "overloaded"
+                assert 1 <= int(answer.headers["retry-after"]) <= 60
+        assert as_png("/classify", client).status_code == 200
+        page = client.get("/metrics").text
+    refused = sum(answer.status_code == 429 for answer in answers)
+    assert sample(page, 'carso_rejections_total{reason="overloaded"}') == refused
+    assert sample(page, 'carso_queue_rows{path="robust"}') == 0
+    assert sample(page, 'carso_queue_limit_rows{path="robust"}') == 100_001
