@@ -1,0 +1,202 @@
+"""The images, run hardened. tests/deploy/run builds them and names them in the environment."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.containers import HARDENED, Container, docker, request, running
+
+ROOT = Path(__file__).parents[2]
+ATTACKED = (ROOT / "docs/samples/2-pgd-0.30.png").read_bytes()
+CPU, GPU, TRAINING = (os.environ.get(f"DEPLOY_{target}_IMAGE", "") for target in ("CPU", "GPU", "TRAINING"))
+
+needs_cpu = pytest.mark.skipif(not CPU, reason="tests/deploy/run builds the images and runs this")
+needs_gpu = pytest.mark.skipif(not GPU, reason="tests/deploy/run --gpu builds the image (1.6 GB) and runs this")
+needs_training = pytest.mark.skipif(not TRAINING, reason="tests/deploy/run --training builds the image and runs this")
+
+
+@pytest.fixture(scope="module")
+def container() -> Iterator[Container]:
+    with running(CPU) as started:
+        yield started
+
+
+@needs_cpu
+def test_an_attacked_digit_is_classified_right(container: Container) -> None:
+    status, answer = request(container.address, "POST", "/classify", ATTACKED)
+    (prediction,) = answer["predictions"]
+    assert (status, prediction["class_name"], prediction["agree"]) == (200, "2", False)
+
+
+@needs_cpu
+def test_the_process_is_no_root_and_has_no_capabilities(container: Container) -> None:
+    status = dict(line.split(":\t") for line in container.run("cat", "/proc/1/status").stdout.splitlines())
+    assert status["Uid"].split() == status["Gid"].split() == ["10001"] * 4
+    assert int(status["CapEff"], 16) == int(status["CapPrm"], 16) == 0
+    assert status["NoNewPrivs"] == "1"
+
+
+@needs_cpu
+def test_the_server_is_the_first_process_so_that_signals_reach_it(container: Container) -> None:
+    command = container.run("cat", "/proc/1/cmdline").stdout.split("\0")
+    assert command[1] == "/opt/carso/bin/carso-serve"
+
+
+@needs_cpu
+def test_it_writes_nothing_to_its_file_system(container: Container) -> None:
+    request(container.address, "POST", "/classify", ATTACKED)
+    assert container.run("touch", "/tmp/x").returncode, "the root file system is not read-only"  # noqa: S108
+    assert docker("diff", container.id).stdout == ""
+
+
+@needs_cpu
+def test_docker_finds_it_healthy(container: Container) -> None:
+    give_up = time.monotonic() + 60
+    while (health := container.inspect()["State"]["Health"])["Status"] == "starting" and time.monotonic() < give_up:
+        time.sleep(0.5)
+    assert health["Status"] == "healthy", health
+
+
+@needs_cpu
+def test_the_health_check_fails_where_nothing_listens() -> None:
+    command = ("--rm", "--entrypoint", "python", CPU, "/opt/healthcheck.py")
+    assert docker("run", *HARDENED, *command, check=False).returncode == 1
+
+
+@needs_cpu
+def test_every_line_of_its_log_is_json(container: Container) -> None:
+    assert [json.loads(line) for line in container.log().splitlines()]
+
+
+@needs_cpu
+def test_another_bundle_can_be_mounted(tmp_path: Path) -> None:
+    bundle = tmp_path / "bundle"
+    shutil.copytree(ROOT / "models/mnist-fcn", bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"name": "mounted"}))
+    bundle.chmod(0o755)
+    tmp_path.chmod(0o755)
+    with running(CPU, f"--volume={bundle}:/bundle:ro") as mounted:
+        assert request(mounted.address, "GET", "/info")[1]["bundle"]["name"] == "mounted"
+    with running(CPU, f"--volume={bundle}:/elsewhere:ro", "--env=CARSO_BUNDLE=/elsewhere") as named:
+        assert request(named.address, "GET", "/info")[1]["bundle"]["name"] == "mounted"
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("setting", "code", "message"),
+    [
+        ("CARSO_RISK=2", 2, "CARSO_RISK"),
+        ("CARSO_BUNDLE=/nowhere", 1, "/nowhere holds no manifest.json"),
+        ("CARSO_DEVICE=cuda", 1, "built without CUDA"),
+    ],
+)
+def test_what_cannot_be_served_ends_the_container_with_a_reason(setting: str, code: int, message: str) -> None:
+    done = docker("run", "--rm", *HARDENED, f"--env={setting}", CPU, check=False)
+    assert done.returncode == code
+    assert message in done.stderr
+
+
+@needs_cpu
+def test_no_request_is_lost_at_sigterm() -> None:
+    stop, outcomes = threading.Event(), []
+    with running(CPU, "--env=CARSO_DRAIN_DELAY_S=2", "--env=CARSO_DRAIN_TIMEOUT_S=20") as container:
+        address = container.address
+
+        def call() -> None:
+            while not stop.is_set():
+                try:
+                    # a full count, so that every connection has work in flight when the signal comes
+                    outcomes.append(request(address, "POST", "/classify?risk=0", ATTACKED)[0])
+                except ConnectionRefusedError:  # the listener has closed: nothing was accepted
+                    return
+
+        callers = [threading.Thread(target=call) for _ in range(8)]
+        for caller in callers:
+            caller.start()
+        while len(outcomes) < 20:
+            time.sleep(0.01)
+        docker("kill", "--signal=TERM", container.id)
+        readiness = request(address, "GET", "/readyz")[0]
+        answered_by_then = len(outcomes)
+        code = docker("wait", container.id).stdout.strip()
+        stop.set()
+        for caller in callers:
+            caller.join()
+    assert readiness == 503
+    assert code == "0"
+    assert set(outcomes) == {200}
+    assert len(outcomes) > answered_by_then
+
+
+@needs_cpu
+def test_the_image_says_what_it_is() -> None:
+    (image,) = json.loads(docker("inspect", CPU).stdout)
+    config = image["Config"]
+    labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
+    assert labels["licenses"] == "Apache-2.0"
+    assert labels["version"] in (ROOT / "pyproject.toml").read_text()
+    assert len(labels["revision"]) == 40
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["User"] == "10001:10001"
+
+
+@needs_cpu
+def test_nothing_that_builds_or_installs_is_in_it() -> None:
+    tools = "gcc cc g++ make curl wget git uv hatch /opt/carso/bin/pip"
+    script = f"for tool in {tools}; do command -v $tool; done; ls -d /root/.cache/* /src /dist /tmp/*"
+    assert docker("run", "--rm", "--user=0", "--entrypoint=sh", CPU, "-c", script, check=False).stdout == ""
+
+
+@needs_cpu
+def test_only_the_runtime_differs_from_what_the_project_asks_for() -> None:
+    assert _complaints(CPU) == ["carso 0.1.0 requires onnxruntime-gpu, which is not installed."]
+
+
+@needs_gpu
+def test_the_gpu_image_has_all_that_the_project_asks_for() -> None:
+    assert _complaints(GPU) == []
+
+
+@needs_gpu
+def test_of_the_cuda_libraries_only_the_drivers_is_missing() -> None:
+    script = (
+        "cd /opt/carso/lib/python3.11/site-packages && "
+        "LD_LIBRARY_PATH=$(find $PWD/nvidia -name lib -type d | tr '\\n' ':') "
+        "ldd onnxruntime/capi/libonnxruntime_providers_cuda.so"
+    )
+    linked = docker("run", "--rm", "--entrypoint=sh", GPU, "-c", script).stdout
+    assert "libcudart" in linked
+    assert [line.split()[0] for line in linked.splitlines() if "not found" in line] in ([], ["libcuda.so.1"])
+
+
+@needs_gpu
+def test_the_gpu_image_refuses_to_start_without_a_gpu_and_can_be_told_to() -> None:
+    done = docker("run", "--rm", *HARDENED, GPU, check=False)
+    assert done.returncode == 1
+    assert "no NVIDIA driver" in done.stderr
+    with running(GPU, "--env=CARSO_DEVICE=auto", "--env=CARSO_ROUND_ROWS=128") as container:
+        assert request(container.address, "POST", "/classify", ATTACKED)[1]["provider"] == "CPUExecutionProvider"
+
+
+@needs_training
+def test_the_training_image_trains(tmp_path: Path) -> None:
+    done = docker("run", "--rm", *HARDENED, TRAINING, "presets")
+    assert "mnist-fcn" in json.loads(done.stdout)
+    check = "import torch, lightning_fabric, onnxscript; assert (torch.ones(2, 2) @ torch.ones(2, 2)).sum() == 8"
+    docker("run", "--rm", *HARDENED, "--entrypoint=python", TRAINING, "-c", check)
+
+
+def _complaints(image: str) -> list[str]:
+    """What pip finds missing or in conflict in the image's environment."""
+    command = ("-m", "pip", "--python", "/opt/carso/bin/python", "check")
+    done = docker("run", "--rm", "--entrypoint=/usr/local/bin/python", image, *command, check=False)
+    return [line for line in done.stdout.splitlines() if line != "No broken requirements found."]
