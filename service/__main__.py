@@ -12,6 +12,7 @@ import uvicorn
 from service import logs
 from service.app import create_app
 from service.bundle import BundleError
+from service.protocol import bounded
 from service.server import Server
 from service.sessions import DeviceError
 from service.settings import Settings, SettingsError, unknown_variables
@@ -43,7 +44,7 @@ def main() -> None:
         app,
         host=settings.host,
         port=settings.port,
-        http="httptools",
+        http=bounded(settings.receive_timeout_s),
         lifespan="on",
         log_config=None,  # uvicorn's loggers join ours
         access_log=False,  # service.envelope writes that line

@@ -15,7 +15,10 @@ from service.bundle import Bundle, Cell, InputSpec
 from service.options import RobustOptions
 from service.pipeline import Job, Outcome
 from service.sessions import Device, Precision
+from service.settings import Evidence
 from service.vote import Rule
+
+_WITHOUT_EVIDENCE = ("label", "class_name", "complete")
 
 
 class _Answer(BaseModel):
@@ -49,21 +52,26 @@ class RobustTimings(FastTimings):
     vote_ms: float = Field(description="From the end of the first pass to the end of the last election.")
 
 
-class FastPrediction(_Answer):
+class Label(_Answer):
     label: int
     class_name: str
+
+
+class FastPrediction(Label):
     probabilities: list[float] = Field(description="Of each class, in order.")
 
 
-class RobustPrediction(_Answer):
+class RobustLabel(Label):
+    complete: bool = Field(description="False if the deadline ended the count, so that `risk` says nothing about it.")
+
+
+class RobustPrediction(RobustLabel):
     label: int = Field(description="The class with most votes, the lowest among equals.")
-    class_name: str
     share: float = Field(description="The leader's votes / votes cast.")
     tally: list[int] = Field(description="Votes of each class, in order.")
     votes: int = Field(description="Votes cast.")
     samples: int = Field(description="Votes asked for.")
     rule: Rule = Field(description="What ended the count.")
-    complete: bool = Field(description="False if the deadline ended the count, so that `risk` says nothing about it.")
     risk: float = Field(description="The risk that was asked for.")
     seed: int = Field(description="Seed of this image's latents.")
     fast_label: int = Field(description="The fast path's answer to the same image.")
@@ -86,6 +94,18 @@ class RobustAnswer(_Trailer):
     timings: RobustTimings
 
 
+class FastLabels(_Trailer):
+    """Where the operator withholds the evidence."""
+
+    predictions: list[Label] = Field(description="One per image, in the order sent.")
+
+
+class RobustLabels(_Trailer):
+    """Where the operator withholds the evidence."""
+
+    predictions: list[RobustLabel] = Field(description="One per image, in the order sent.")
+
+
 class BundleInfo(BundleName):
     dataset: str
     classes: tuple[str, ...]
@@ -102,6 +122,7 @@ class Limits(_Answer):
     max_body_bytes: int
     max_pixels: int
     allow_seed: bool
+    evidence: Evidence
 
 
 class DeviceInfo(_Answer):
@@ -170,6 +191,11 @@ def robust_predictions(
         }
         for outcome, (fast_label, _) in zip(outcomes, _first_pass(job), strict=True)
     ]
+
+
+def label_only(prediction: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a prediction where the evidence is withheld: Label, RobustLabel."""
+    return {name: prediction[name] for name in _WITHOUT_EVIDENCE if name in prediction}
 
 
 def _first_pass(job: Job) -> Iterator[tuple[int, list[float]]]:

@@ -1,10 +1,12 @@
-"""What surrounds every request: its id, the limit on its body, headers, errors, its metrics and its line in the log.
+"""What surrounds every request: its id, the API key, limits on its body, headers, errors, its metrics and its line in
+the log.
 
 Pure ASGI, so that the application below sees the client hang up, and no body is held that is over the limit.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 import secrets
@@ -17,13 +19,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from service.errors import BodyTooLarge, answer, as_request_error
+from service.errors import BodyTooLarge, RequestTimeout, UnsupportedMediaType, answer, as_request_error
+from service.keys import ApiKeys
 from service.metrics import Metrics
+from service.ranges import shown
 from service.server import Lifecycle
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+
+# Asked by machines, often: they need no key, and are logged at level debug only.
+PROBES = frozenset(("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"))
+PAGES = frozenset(("/docs",))  # meant for browsers; it draws its scripts and styles from elsewhere
+
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+)
+_NO_CONTENT = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 
 
 @dataclass(eq=False, slots=True)
@@ -44,13 +60,19 @@ class Envelope:
         app: ASGIApp,
         *,
         max_body_bytes: int,
+        receive_timeout: float,
+        keys: ApiKeys | None,
         endpoints: Iterable[str],
         metrics: Metrics,
         lifecycle: Lifecycle,
     ) -> None:
-        """`endpoints`: the paths that metrics name; all others are counted as one, or callers could invent labels."""
+        """`receive_timeout`: seconds for a body. `endpoints`: the paths that metrics name; all others are counted as
+        one, or callers could invent labels.
+        """
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._receive_timeout = receive_timeout
+        self._keys = keys
         self._endpoints = frozenset(endpoints)
         self._metrics = metrics
         self._lifecycle = lifecycle
@@ -61,34 +83,61 @@ class Envelope:
             return
         headers = dict(scope["headers"])
         exchange = Exchange(_request_id(headers.get(b"x-request-id", b"")))
+        if trace := TRACEPARENT.fullmatch(headers.get(b"traceparent", b"")):
+            exchange.fields["trace_id"], exchange.fields["parent_id"] = trace[1].decode(), trace[2].decode()
         scope.setdefault("state", {})["exchange"] = exchange
-        send = _with_headers(send, exchange, closing=self._lifecycle.draining)
+        path: str = scope["path"]
+        send = _with_headers(send, exchange, path=path, closing=self._lifecycle.draining)
         try:
-            await self._app(scope, self._limited(receive, headers.get(b"content-length")), send)
-        except Exception as e:  # whatever no handler expected: a fault of ours
-            log.exception("request failed", extra={"fields": {"request_id": exchange.request_id}})
+            if self._keys is not None and path not in PROBES:
+                self._keys.check(headers.get(b"authorization", b""))
+            await self._app(scope, self._limited(receive, headers), send)
+        except Exception as e:  # whatever no handler below has turned into an answer
+            known = as_request_error(e)
+            exchange.fields["error"] = known.name
+            if known.status >= 500:
+                log.exception("request failed", extra={"fields": {"request_id": exchange.request_id}})
             if not exchange.code:
-                await answer(e, exchange.request_id)(scope, receive, send)
+                await answer(e, exchange.request_id, path=path)(scope, receive, send)
         finally:
             self._account(scope, exchange)
 
-    def _limited(self, receive: Receive, content_length: bytes | None) -> Receive:
-        """`receive` that raises BodyTooLarge: before a byte is taken if the client states the size, else on the way."""
+    def _limited(self, receive: Receive, headers: dict[bytes, bytes]) -> Receive:
+        """`receive` that takes no more of a body than it may have, and waits for it no longer than it may take.
+
+        It raises BodyTooLarge before a byte is taken if the client states the size, else on the way; RequestTimeout;
+        UnsupportedMediaType for a compressed body.
+        """
         limit = self._max_body_bytes
-        stated = int(content_length) if content_length and content_length.isdigit() else 0
+        length = headers.get(b"content-length", b"")
+        stated = int(length) if length.isdigit() else 0
+        coding = headers.get(b"content-encoding", b"identity")
         taken = 0
+        expires = asyncio.get_running_loop().time() + self._receive_timeout
+        whole = False
 
         async def limited() -> Message:
-            nonlocal taken
+            nonlocal taken, whole
+            if whole:
+                return await receive()
             if stated > limit:
                 raise BodyTooLarge(f"the body has {stated} bytes, at most {limit} are taken: send several requests")
-            message = await receive()
-            if message["type"] == "http.request":
-                taken += len(message.get("body", b""))
-                if taken > limit:
-                    raise BodyTooLarge(
-                        f"the body has more than the {limit} bytes that are taken: send several requests"
-                    )
+            if coding.lower() != b"identity":
+                raise UnsupportedMediaType(
+                    f"Content-Encoding {shown(coding.decode('latin-1'))} is not read: send it plain"
+                )
+            try:
+                async with asyncio.timeout_at(expires):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout(
+                    f"{taken} bytes of the body came within {self._receive_timeout:g} s, and not the end: send it "
+                    "faster, or a smaller one"
+                ) from None
+            whole = message["type"] != "http.request" or not message.get("more_body", False)
+            taken += len(message.get("body", b""))
+            if taken > limit:
+                raise BodyTooLarge(f"the body has more than the {limit} bytes that are taken: send several requests")
             return message
 
         return limited
@@ -100,7 +149,8 @@ class Envelope:
         self._metrics.request(endpoint=endpoint, code=exchange.code, seconds=seconds)
         if error := exchange.fields.get("error"):
             self._metrics.refusal(error)
-        if log.isEnabledFor(logging.INFO):
+        level = logging.DEBUG if path in PROBES else logging.INFO
+        if log.isEnabledFor(level):
             fields = {
                 "request_id": exchange.request_id,
                 "method": scope["method"],
@@ -109,14 +159,14 @@ class Envelope:
                 "ms": round(1e3 * seconds, 3),
                 **exchange.fields,
             }
-            log.info("request", extra={"fields": fields})
+            log.log(level, "request", extra={"fields": fields})
 
 
 async def refuse(request: Request, error: Exception) -> Response:
     """The exception handler of the application."""
     exchange: Exchange = request.state.exchange
     exchange.fields["error"] = as_request_error(error).name
-    return answer(error, exchange.request_id)
+    return answer(error, exchange.request_id, path=request.url.path)
 
 
 def _request_id(given: bytes) -> str:
@@ -124,19 +174,18 @@ def _request_id(given: bytes) -> str:
     return given.decode() if REQUEST_ID.fullmatch(given) else secrets.token_hex(16)
 
 
-def _with_headers(send: Send, exchange: Exchange, *, closing: bool) -> Send:
+def _with_headers(send: Send, exchange: Exchange, *, path: str, closing: bool) -> Send:
     """`closing`: tell the client to use another connection next time."""
 
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":
             exchange.code = message["status"]
-            message["headers"] = [
-                *message.get("headers", ()),
-                (b"x-request-id", exchange.request_id.encode()),
-                (b"x-content-type-options", b"nosniff"),
-            ]
+            added = [*_HEADERS, (b"x-request-id", exchange.request_id.encode())]
+            if path not in PAGES:
+                added.append(_NO_CONTENT)
             if closing:
-                message["headers"].append((b"connection", b"close"))
+                added.append((b"connection", b"close"))
+            message["headers"] = [*message.get("headers", ()), *added]
         await send(message)
 
     return sender

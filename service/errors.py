@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import ClassVar
 
 from pydantic_core import to_json
@@ -27,9 +29,10 @@ class RequestError(Exception):
 
     status: ClassVar[int]
     name: ClassVar[str]
-    retry_after: int | None = None  # seconds
+    headers: Mapping[str, str]  # of the answer
 
-    def __init_subclass__(cls, *, status: int) -> None:
+    def __init_subclass__(cls, *, status: int, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        cls.headers = headers
         cls.status = status
         cls.name = re.sub(r"(?<!^)(?=[A-Z])", "_", cls.__name__).lower()
 
@@ -54,6 +57,10 @@ class UndecodableMultipart(RequestError, status=400):
     """A multipart body that is damaged or truncated."""
 
 
+class Unauthorized(RequestError, status=401, headers={"www-authenticate": "Bearer"}):
+    """No API key, or an unknown one."""
+
+
 class SeedRefused(RequestError, status=403):
     """The operator does not let callers choose the seed."""
 
@@ -64,6 +71,10 @@ class NotFound(RequestError, status=404):
 
 class MethodNotAllowed(RequestError, status=405):
     """The path exists, for another method."""
+
+
+class RequestTimeout(RequestError, status=408, headers={"connection": "close"}):
+    """The client took too long to send its body."""
 
 
 class BodyTooLarge(RequestError, status=413):
@@ -130,6 +141,14 @@ class MissingImages(RequestError, status=422):
     """A JSON body without a list `images`."""
 
 
+class InvalidTensor(RequestError, status=422):
+    """A request of the Open Inference Protocol whose parts do not fit it, or each other."""
+
+
+class UnknownOutput(RequestError, status=422):
+    """An output that this model does not have."""
+
+
 class UnknownParameter(RequestError, status=422):
     """An option that this endpoint does not have."""
 
@@ -145,9 +164,9 @@ class ConflictingParameters(RequestError, status=422):
 class Overloaded(RequestError, status=429):
     """More work is owed already than the service takes on."""
 
-    def __init__(self, message: str, *, retry_after: int = 1) -> None:
+    def __init__(self, message: str, *, retry_after: int = 1) -> None:  # seconds
         super().__init__(message)
-        self.retry_after = retry_after
+        self.headers = {"retry-after": str(retry_after)}
 
 
 class ClientGone(RequestError, status=499):
@@ -162,10 +181,8 @@ class EngineFailed(RequestError, status=500):
     """The engine has failed while it had this request, or before."""
 
 
-class NotReady(RequestError, status=503):
+class NotReady(RequestError, status=503, headers={"retry-after": "1"}):
     """The service takes no work now."""
-
-    retry_after = 1
 
 
 class DeadlineExceeded(RequestError, status=504):
@@ -196,11 +213,14 @@ def as_request_error(error: Exception) -> RequestError:
             return InternalError("the service failed on this request; its log has the details under the request id")
 
 
-def answer(error: Exception, request_id: str) -> Response:
-    """The one shape of every error: `error`, `message`, `request_id`."""
+def answer(error: Exception, request_id: str, *, path: str = "") -> Response:
+    """The one shape of every error: `error`, `message`, `request_id`.
+
+    Below /v2 it is that of the Open Inference Protocol, whose clients show `error` and nothing else.
+    """
     shown = as_request_error(error)
-    content = to_json({"error": shown.name, "message": str(shown), "request_id": request_id})
-    headers = {"allow": error.headers["Allow"]} if isinstance(error, HTTPException) and error.headers else {}
-    if shown.retry_after is not None:
-        headers["retry-after"] = str(shown.retry_after)
-    return Response(content, shown.status, headers, "application/json")
+    content = {"error": shown.name, "message": str(shown), "request_id": request_id}
+    if path.startswith("/v2/"):
+        content["error"] = f"{shown.name}: {shown}"
+    allow = {"allow": error.headers["Allow"]} if isinstance(error, HTTPException) and error.headers else {}
+    return Response(to_json(content), shown.status, {**shown.headers, **allow}, "application/json")

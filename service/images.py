@@ -84,7 +84,7 @@ class Reader:
 
     def _numbers(self, source: Source) -> np.ndarray:
         """[N, C, H, W] float32 in the bundle's range."""
-        array = source if isinstance(source, np.ndarray) else _from_lists(source)
+        array = source if isinstance(source, np.ndarray) else from_lists(source)
         if not array.size:
             raise EmptyBatch(f"an array of shape {list(array.shape)} holds no pixel")
         batch = self._as_batch(array, several=isinstance(source, np.ndarray))
@@ -137,7 +137,8 @@ class Reader:
         )
 
 
-def _from_lists(source: Source) -> np.ndarray:
+def from_lists(source: Source) -> np.ndarray:
+    """Nested lists of numbers as an array. Raises NotNumbers, RaggedArray."""
     if not isinstance(source, list):
         raise NotNumbers(f"{shown(source)} is neither nested lists of numbers nor a base64 string")
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import get_args
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.gc_collector import GCCollector
@@ -14,20 +14,29 @@ from prometheus_client.process_collector import ProcessCollector
 from service import __version__
 from service.bundle import Bundle
 from service.engine import Engine
-from service.pipeline import Job, Outcome, Step
+from service.gpus import Gpus
+from service.pipeline import Job, Outcome, Path, Spared, Step
 from service.server import Lifecycle
+from service.sessions import CUDA, Device, Precision
 from service.vote import Rule
 
 # from a fast answer on a GPU to a full count on a busy CPU
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
 ROWS = tuple(2**n for n in range(17))
+Stage = Literal["decode", "queue", "first_pass", "vote"]
+Cancelled = Literal["client_gone", "deadline", "stopping"]
+
 VOTES = (9, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048, 4096, 10_000)
 
 
 class Metrics:
-    """Counts what the service does. `step` is called on the engine's thread, all else on the event loop's."""
+    """Counts what the service does. `step` is called on the engine's thread, all else on the event loop's.
 
-    def __init__(self, bundle: Bundle, *, provider: str) -> None:
+    What each series says, for those who read them: docs/metrics.md.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: Device, provider: str, precision: Precision) -> None:
+        """`device` is what was asked for, `provider` what is in use."""
         self._registry = registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
@@ -46,13 +55,19 @@ class Metrics:
         stages = Histogram(
             "carso_stage_duration_seconds",
             "Of requests that got an answer: decode (body to array), queue (until the first pass), first_pass, vote.",
-            ["stage"],
+            ["path", "stage"],
             buckets=SECONDS,
             registry=registry,
         )
-        self._decode, self._queue, self._first_pass, self._vote = (
-            stages.labels(stage) for stage in ("decode", "queue", "first_pass", "vote")
+        self._stages = {
+            (path, stage): stages.labels(path, stage) for path in get_args(Path) for stage in get_args(Stage)
+        }
+        cancellations = Counter(
+            "carso_cancellations", "Requests whose work was ended before its time.", ["reason"], registry=registry
         )
+        self._cancellations = {reason: cancellations.labels(reason) for reason in get_args(Cancelled)}
+        saved = Counter("carso_votes_saved", "Votes asked for and not cast.", ["reason"], registry=registry)
+        self._saved = {reason: saved.labels(reason) for reason in get_args(Spared)}
         self._rounds = Counter("carso_rounds", "Rounds of votes.", registry=registry)
         self._round_rows = Histogram("carso_round_rows", "Votes of one round.", buckets=ROWS, registry=registry)
         self._round_duration = Histogram(
@@ -72,21 +87,25 @@ class Metrics:
         build = Gauge(
             "carso_build_info",
             "1; the labels say what is running.",
-            ["version", "bundle", "bundle_version", "checksum", "provider"],
+            ["version", "bundle", "bundle_version", "checksum", "device", "provider", "precision"],
             registry=registry,
         )
-        build.labels(__version__, bundle.manifest.name, bundle.manifest.version, bundle.checksum, provider).set(1)
+        manifest = bundle.manifest
+        build.labels(__version__, manifest.name, manifest.version, bundle.checksum, device, provider, precision).set(1)
+        if provider == CUDA and (gpus := Gpus.find()):
+            registry.register(gpus)
 
     def watch(self, engine: Engine, lifecycle: Lifecycle) -> None:
         """Show at every scrape what `engine` owes, and whether the process is ready."""
         ready = Gauge("carso_ready", "1: send requests; 0: draining, or the engine is dead.", registry=self._registry)
         ready.set_function(lambda: float(engine.alive and not lifecycle.draining))
-        rows, limit, wait, jobs = (
+        rows, limit, wait, pace, jobs = (
             Gauge(f"carso_{name}", text, ["path"], registry=self._registry)
             for name, text in {
                 "queue_rows": "Rows of work owed: images x samples, less what is done, spared or dropped.",
                 "queue_limit_rows": "Rows of work that may be owed; beyond that, requests get 429.",
                 "estimated_wait_seconds": "Until the rows owed are done, at the measured pace.",
+                "rows_per_second": "The measured pace: rows of work done or spared per second of the engine's work.",
                 "in_flight_requests": "Requests that the engine has.",
             }.items()
         )
@@ -94,6 +113,7 @@ class Metrics:
             limit.labels(path).set(admission.limit)
             rows.labels(path).set_function(partial(getattr, admission, "owed"))
             wait.labels(path).set_function(partial(getattr, admission, "wait"))
+            pace.labels(path).set_function(partial(getattr, admission, "pace"))
             jobs.labels(path).set_function(partial(engine.in_flight_on, path))
 
     def refusal(self, error: str) -> None:
@@ -105,15 +125,20 @@ class Metrics:
         requests.inc()
         duration.observe(seconds)
 
-    def first_pass(self, job: Job, *, decode: float) -> None:
-        """The first stages of a finished job; `decode` in seconds."""
-        self._decode.observe(decode)
-        self._queue.observe(job.started - job.submitted)
-        self._first_pass.observe(job.first_pass_done - job.started)
+    def cancellation(self, reason: Cancelled) -> None:
+        self._cancellations[reason].inc()
 
-    def elections(self, job: Job, outcomes: Iterable[Outcome], *, agree: Iterable[bool]) -> None:
-        """The vote of a finished job."""
-        self._vote.observe(job.finished - job.first_pass_done)
+    def job(self, job: Job, *, decode: float) -> None:
+        """The stages of a finished job; `decode` in seconds."""
+        stages, path = self._stages, job.path
+        stages[path, "decode"].observe(decode)
+        stages[path, "queue"].observe(job.started - job.submitted)
+        stages[path, "first_pass"].observe(job.first_pass_done - job.started)
+        if path == "robust":
+            stages[path, "vote"].observe(job.finished - job.first_pass_done)
+
+    def elections(self, outcomes: Iterable[Outcome], *, agree: Iterable[bool]) -> None:
+        """The elections of a finished job, and whether each agrees with the fast path."""
         for outcome, agrees in zip(outcomes, agree, strict=True):
             self._votes.observe(outcome.votes)
             self._elections[outcome.rule].inc()
@@ -126,6 +151,8 @@ class Metrics:
             self._rounds.inc()
             self._round_rows.observe(step.rows)
             self._round_duration.observe(step.seconds)
+        for reason, votes in step.spared.items():
+            self._saved[reason].inc(votes)
 
     def _of_endpoint(self, endpoint: str, code: int) -> tuple[Counter, Histogram]:
         """The series themselves, kept: finding them by their labels takes longer than counting does."""

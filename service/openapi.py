@@ -13,6 +13,7 @@ from service.bodies import IMAGE_TYPES, JSON, MULTIPART, NPY
 from service.bundle import InputSpec
 from service.errors import ClientGone, RequestError
 from service.options import FastOptions
+from service.tensors import InferRequest
 
 
 def responses(*types: type[RequestError]) -> dict[int | str, dict[str, Any]]:
@@ -37,6 +38,41 @@ def operation(options: type[FastOptions], spec: InputSpec, *, max_images: int) -
         "parameters": [_parameter(name, schema) for name, schema in properties.items()],
         "requestBody": {"required": True, "content": _content(properties, spec, max_images=max_images)},
     }
+
+
+def operation_on_tensors() -> dict[str, Any]:
+    """`openapi_extra` of an endpoint of the Open Inference Protocol."""
+    binary = "The same JSON, and tensors in binary form behind it; the header says where it ends."
+    content = {
+        JSON: {"schema": _inlined(InferRequest.model_json_schema())},
+        "application/octet-stream": {"schema": {"type": "string", "format": "binary", "description": binary}},
+    }
+    header = {
+        "name": "Inference-Header-Content-Length",
+        "in": "header",
+        "required": False,
+        "description": "Bytes of JSON that the body begins with; default: all.",
+        "schema": {"type": "integer", "minimum": 0},
+    }
+    return {"parameters": [header], "requestBody": {"required": True, "content": content}}
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema without references; it must not refer to itself."""
+    definitions = schema.pop("$defs", {})
+
+    def resolved(part: Any) -> Any:
+        if isinstance(part, list):
+            return [resolved(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if reference := part.get("$ref"):
+            part = {**definitions[reference.rpartition("/")[2]], **part}
+            del part["$ref"]
+        return {name: resolved(item) for name, item in part.items()}
+
+    inlined: dict[str, Any] = resolved(schema)
+    return inlined
 
 
 def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:

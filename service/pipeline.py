@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal
@@ -23,6 +23,7 @@ from service.sessions import Sessions
 from service.vote import Rule, StoppingRule
 
 Path = Literal["fast", "robust"]
+Spared = Literal["early_stop", "deadline", "cancelled"]  # why votes that were asked for were not cast
 
 SEED_BITS = 53
 MAX_SEED = 2**SEED_BITS - 1  # the largest integer that every JSON reader keeps exact
@@ -92,7 +93,8 @@ class Step:
     rows: int  # votes
     elections: int  # that took part in the round
     seconds: float
-    settled: dict[Path, int]  # rows that jobs owe no longer: done, spared by an early stop, or dropped
+    settled: Counter[Path]  # rows that jobs owe no longer: done or spared
+    spared: Counter[Spared]  # votes
 
 
 @dataclass(eq=False, slots=True)
@@ -148,7 +150,8 @@ class Pipeline:
         self._latents = Latents()
         self._waiting: deque[Job] = deque()  # for their first pass
         self._open: deque[_Election] = deque()
-        self._settled: dict[Path, int] = {"fast": 0, "robust": 0}  # in this step
+        self._settled: Counter[Path] = Counter()  # in this step, as Step's
+        self._spared: Counter[Spared] = Counter()
 
     @property
     def busy(self) -> bool:
@@ -181,7 +184,8 @@ class Pipeline:
             rows=then.rows,
             elections=then.elections,
             seconds=first.seconds + then.seconds,
-            settled={path: first.settled[path] + then.settled[path] for path in first.settled},
+            settled=first.settled + then.settled,
+            spared=first.spared + then.spared,
         )
 
     def classify(self, images: np.ndarray, ballot: Ballot) -> list[Outcome]:
@@ -198,8 +202,9 @@ class Pipeline:
         now = time.monotonic()
         for job in finished:
             job.finished = now
-        settled, self._settled = self._settled, {"fast": 0, "robust": 0}
-        return Step(finished, first_passes, rows, elections, now - began, settled)
+        settled, self._settled = self._settled, Counter()
+        spared, self._spared = self._spared, Counter()
+        return Step(finished, first_passes, rows, elections, now - began, settled, spared)
 
     def _first_passes(self, finished: list[Job]) -> int:
         batch: list[Job] = []
@@ -207,7 +212,9 @@ class Pipeline:
         while self._waiting and (not batch or size + len(self._waiting[0].images) <= self.round_rows):
             job = self._waiting.popleft()
             if job.cancelled:
-                self._settled[job.path] += job.rows
+                self._settled[job.path] += len(job.images)
+                if job.ballot is not None:
+                    self._spare(len(job.images) * job.ballot.samples, "cancelled")
                 finished.append(job)
                 continue
             batch.append(job)
@@ -265,7 +272,7 @@ class Pipeline:
         for election, ballot, cast in zip(elections, by_class.reshape(-1, self.classes).tolist(), sizes, strict=True):
             self._settled["robust"] += cast
             if rule := election.count(ballot, cast=cast):
-                self._settled["robust"] += election.rule.samples - election.cast
+                self._spare(election.rule.samples - election.cast, "early_stop")
                 election.end(rule)
                 if not election.job.open:
                     finished.append(election.job)
@@ -279,17 +286,23 @@ class Pipeline:
         staying: deque[_Election] = deque()
         for election in self._open:
             job = election.job
+            to_come = election.rule.samples - election.cast
             if job.cancelled:
                 job.open -= 1
+                self._spare(to_come, "cancelled")
             elif job.deadline is not None and now >= job.deadline:
                 election.end("deadline")
+                self._spare(to_come, "deadline")
             else:
                 staying.append(election)
                 continue
-            self._settled["robust"] += election.rule.samples - election.cast
             if not job.open:
                 finished.append(job)
         self._open = staying
+
+    def _spare(self, votes: int, reason: Spared) -> None:
+        self._settled["robust"] += votes
+        self._spared[reason] += votes
 
     def _call_round(self) -> tuple[list[_Election], list[int]]:
         """Take the elections of the next round off the queue, with the number of votes that each casts."""

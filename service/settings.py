@@ -34,6 +34,9 @@ Risk = Annotated[
 ]
 
 
+Evidence = Literal["full", "label"]
+
+
 def _reference_bundle() -> Path:
     """Below the working folder; failing that, below the source tree that holds this package."""
     beside = Path(__file__).parents[1] / REFERENCE_BUNDLE
@@ -91,6 +94,9 @@ class Settings(BaseSettings):
         le=2**26,  # Pillow warns at 1.3 times that
         description="Pixels to which the encoded images of one request may decode, all together.",
     )
+    receive_timeout_s: float = Field(
+        default=30, gt=0, le=3600, description="Seconds that a client has to send a request's headers, and its body."
+    )
     decode_threads: int = Field(
         default=2, ge=1, le=64, description="Threads that decode bodies too large to decode at once."
     )
@@ -116,11 +122,21 @@ class Settings(BaseSettings):
     watchdog_s: float = Field(
         default=30, gt=0, le=3600, description="Seconds that one step of the engine may take before liveness fails."
     )
+    api_keys_file: Path | None = Field(
+        default=None,
+        description="File of API keys, one a line, of which callers must send one; default: none is asked for. Read "
+        "at the start.",
+    )
     allow_seed: bool = Field(
         default=True,
         description="Let callers choose the seed of the latents. On: who may ask for 1 sample or the fast path can "
         "have a weaker answer anyway. Turn it off where callers are not trusted: with a seed of their choice the "
         "answer holds no randomness that they do not know.",
+    )
+    evidence: Evidence = Field(
+        default="full",
+        description="label: answers hold labels only, and neither tallies, scores nor timings, which an attacker who "
+        "learns from answers lives on.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level that is logged."

@@ -13,6 +13,8 @@ from tests.bundles import COLOUR, SMALL, shared_bundle
 from tests.calls import VALUES, as_npy, as_png, sample
 from tests.server import serving
 
+FIRST_STAGES = ("decode", "queue", "first_pass")
+
 
 def test_info_shows_bundle_device_and_limits(client, strict_client):
     info = Info.model_validate_json(client.get("/info").content)
@@ -43,17 +45,22 @@ def test_the_metrics_count_what_was_done(client):
         'carso_requests_total{code="200",endpoint="/classify/fast"}': 1,
         'carso_requests_total{code="404",endpoint="other"}': 1,
         'carso_request_duration_seconds_count{endpoint="/classify"}': 1,
-        'carso_stage_duration_seconds_count{stage="decode"}': 2,
-        'carso_stage_duration_seconds_count{stage="queue"}': 2,
-        'carso_stage_duration_seconds_count{stage="first_pass"}': 2,
-        'carso_stage_duration_seconds_count{stage="vote"}': 1,
+        **{
+            f'carso_stage_duration_seconds_count{{path="{path}",stage="{stage}"}}': 1
+            for path, stages in {"fast": FIRST_STAGES, "robust": (*FIRST_STAGES, "vote")}.items()
+            for stage in stages
+        },
         "carso_first_pass_images_total": 4,
         "carso_votes_per_image_count": 3,
     }.items():
         assert sample(after, name) - sample(before, name) == by, name
+    saved = sum(
+        sample(after, name) - sample(before, name)
+        for name in ('carso_votes_saved_total{reason="early_stop"}', 'carso_votes_saved_total{reason="deadline"}')
+    )
     rows = sample(after, "carso_round_rows_sum") - sample(before, "carso_round_rows_sum")
     votes = sample(after, "carso_votes_per_image_sum") - sample(before, "carso_votes_per_image_sum")
-    assert rows == votes > 0
+    assert rows == votes == 3 * 1500 - saved > 0
     for family in ("carso_elections_total", "carso_path_agreement_total"):
         series = {line.rpartition(" ")[0] for line in after.splitlines() if line.startswith(family)}
         assert sum(sample(after, name) - sample(before, name) for name in series) == 3

@@ -1,0 +1,31 @@
+"""Whether this process is live, and whether it is ready: passive, so that no probe waits behind work."""
+
+from __future__ import annotations
+
+from service.engine import Engine
+from service.errors import NotReady
+from service.server import Lifecycle
+
+
+class Probes:
+    """Loading and the self-test were over before the port was opened; these look at what can change since."""
+
+    def __init__(self, engine: Engine, lifecycle: Lifecycle, *, watchdog: float) -> None:
+        """`watchdog`: seconds that one step of the engine may take."""
+        self._engine = engine
+        self._lifecycle = lifecycle
+        self._watchdog = watchdog
+
+    def live(self) -> None:
+        """Raise NotReady if only a restart helps."""
+        if not self._engine.alive:
+            raise NotReady("the engine is not running: restart this process, and see its log for the reason")
+        if self._engine.stalled(self._watchdog):
+            raise NotReady(f"the engine has been in one step for more than {self._watchdog:g} s: restart this process")
+
+    def ready(self) -> None:
+        """Raise NotReady if requests should go elsewhere."""
+        if self._lifecycle.draining:
+            raise NotReady("this process is stopping: send requests to another replica")
+        if not self._engine.alive:
+            raise NotReady("the engine is not running: restart this process, and see its log for the reason")
