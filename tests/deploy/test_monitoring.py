@@ -1,0 +1,109 @@
+"""Alerts, their runbook, the dashboard and what Grafana is given at start: whatever needs no daemon to be checked."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from service.bundle import Bundle
+from service.engine import Engine
+from service.metrics import Metrics
+from service.pipeline import Pipeline
+from service.server import Lifecycle
+from service.sessions import Sessions
+from tests.deploy.dashboard import Query, dashboard, queries
+
+yaml = pytest.importorskip("yaml", reason="pip install '.[deploy]'")
+promql_parser = pytest.importorskip("promql_parser", reason="pip install '.[deploy]'")
+
+ROOT = Path(__file__).parents[2]
+PROMETHEUS = ROOT / "docker/prometheus"
+needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is missing")
+
+
+def rules() -> list[dict[str, Any]]:
+    groups = yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"]
+    return [rule for group in groups for rule in group["rules"]]
+
+
+def alerts() -> list[dict[str, Any]]:
+    return [rule for rule in rules() if "alert" in rule]
+
+
+@needs_promtool
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("check", "config", "docker/prometheus/prometheus.yml"),
+        ("check", "rules", "--lint-fatal", "docker/prometheus/rules.yml"),
+        ("test", "rules", "tests/deploy/alerts.yml"),
+    ],
+    ids=" ".join,
+)
+def test_promtool_accepts(command: tuple[str, ...]) -> None:
+    done = subprocess.run(["promtool", *command], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("alert", alerts(), ids=lambda alert: alert["alert"])
+def test_every_alert_has_a_section_of_the_runbook_and_a_test(alert: dict[str, Any]) -> None:
+    page, _, anchor = alert["annotations"]["runbook_url"].rpartition("#")
+    sections = re.findall(r"^## (\w+)$", (ROOT / page).read_text(), re.MULTILINE)
+    assert anchor in [title.lower() for title in sections]
+    assert alert["labels"]["severity"] in ("critical", "warning")
+    assert f'"{alert["alert"]}"' in (ROOT / "tests/deploy/alerts.yml").read_text()
+
+
+def test_every_section_of_the_runbook_is_of_an_alert() -> None:
+    sections = re.findall(r"^## (Carso\w+)$", (ROOT / "docs/runbook.md").read_text(), re.MULTILINE)
+    assert sections == [alert["alert"] for alert in alerts()]
+
+
+@pytest.mark.parametrize("query", list(queries()), ids=lambda query: query.panel)
+def test_every_query_of_the_dashboard_is_promql(query: Query) -> None:
+    promql_parser.parse(query.expr)
+
+
+def test_alerts_and_dashboard_use_only_metrics_that_the_service_or_a_rule_makes() -> None:
+    bundle = Bundle.load(ROOT / "models/mnist-fcn")
+    metrics = Metrics(bundle, device="cpu", provider="CPUExecutionProvider", precision="float32")
+    sessions = Sessions(bundle, device="cpu", threads=1)
+    pipeline = Pipeline(sessions, latent=bundle.manifest.latent, classes=len(bundle.manifest.classes), round_rows=128)
+    metrics.watch(Engine(pipeline, observe=metrics.step, queue_rows={"robust": 1, "fast": 1}), Lifecycle())
+    metrics.request(endpoint="/classify", code=200, seconds=0.1)
+    metrics.refusal("overloaded")
+    made = set(re.findall(r"^(\w+)[{ ]", metrics.page().decode(), re.MULTILINE)) | {"up", "ALERTS"}
+    made |= {rule["record"] for rule in rules() if "record" in rule}
+    asked = [query.expr for query in queries()] + [rule["expr"] for rule in rules()]
+    named = set(re.findall(r"\b(?:carso|process)[_:][\w:]+|\bup\b|\bALERTS\b", " ".join(asked)))
+    assert {name for name in named if not name.startswith("carso_gpu_")} <= made
+
+
+def test_the_dashboard_is_one_that_grafana_can_provision() -> None:
+    content = dashboard()
+    assert content["uid"] == "carso"
+    assert "id" not in content, "an id belongs to one Grafana"
+    ids = [panel["id"] for panel in content["panels"]]
+    assert len(set(ids)) == len(ids)
+    places = [(panel["gridPos"]["y"], panel["gridPos"]["x"]) for panel in content["panels"]]
+    assert places == sorted(places)
+    assert len(set(places)) == len(places)
+    assert all(panel["gridPos"]["x"] + panel["gridPos"]["w"] <= 24 for panel in content["panels"])
+
+
+def test_grafana_finds_what_its_provisioning_names() -> None:
+    grafana, compose = ROOT / "docker/grafana", yaml.safe_load((ROOT / "docker-compose.yml").read_text())["services"]
+    (source,) = yaml.safe_load((grafana / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    assert source["url"] == "http://prometheus:9090"
+    assert "prometheus" in compose
+    (provider,) = yaml.safe_load((grafana / "provisioning/dashboards/carso.yml").read_text())["providers"]
+    mounts = dict(reversed(volume.split(":")[:2]) for volume in compose["grafana"]["volumes"])
+    folder = ROOT / mounts[provider["options"]["path"]]
+    home = Path(compose["grafana"]["environment"]["GF_DASHBOARDS_DEFAULT_HOME_DASHBOARD_PATH"])
+    assert (folder / home.name).is_file()
+    assert str(home.parent) == provider["options"]["path"]
