@@ -1,0 +1,150 @@
+"""The compose stack, brought up under load, but for Grafana: no registry has it where these checks run."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import time
+import urllib.parse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.deploy.containers import Container, docker, request
+from tests.deploy.dashboard import queries
+from tests.server import free_port
+
+ROOT = Path(__file__).parents[2]
+PROJECT = "carso-check"
+PATIENCE = 120  # seconds: test machines may be busy
+NO_DATA_YET = ("carso_gpu_", "carso:disagreement:ratio_rate1d")  # there is no GPU, and no day before
+
+pytestmark = pytest.mark.skipif(
+    "DEPLOY_CPU_IMAGE" not in os.environ, reason="tests/deploy/run builds the images and runs this"
+)
+
+
+@dataclass(frozen=True)
+class Stack:
+    ports: dict[str, int]
+
+    def compose(self, *arguments: str) -> str:
+        environment = os.environ | {name: str(port) for name, port in self.ports.items()}
+        command = ["docker-compose", "--project-name", PROJECT, "--profile", "load", *arguments]
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(command)}: {done.stderr}")
+        return done.stdout
+
+    def container(self, service: str) -> Container:
+        return Container(self.compose("ps", "--quiet", service).strip())
+
+    def prometheus(self, path: str, **parameters: str) -> Any:
+        query = urllib.parse.urlencode(parameters)
+        port = self.ports["PROMETHEUS_PORT"]
+        status, answer = request("127.0.0.1", "GET", f"/api/v1/{path}?{query}", port=port)
+        assert status == 200, answer
+        return answer["data"]
+
+    def ask(self, expr: str) -> list[dict[str, Any]]:
+        return self.prometheus("query", query=expr)["result"]
+
+
+@pytest.fixture(scope="module")
+def stack() -> Iterator[Stack]:
+    started = Stack({name: free_port() for name in ("SERVICE_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")})
+    try:
+        started.compose("up", "--detach", "carso", "prometheus", "load")
+        yield started
+    finally:
+        started.compose("down", "--volumes")
+
+
+def eventually(what: Callable[[], Any], *, because: Callable[[], Any]) -> None:
+    """Wait until `what` is true. Fails with `because`."""
+    give_up = time.monotonic() + PATIENCE
+    while time.monotonic() < give_up:
+        try:
+            if what():
+                return
+        except OSError:
+            pass
+        time.sleep(1)
+    pytest.fail(str(because()))
+
+
+def test_every_service_becomes_healthy(stack: Stack) -> None:
+    for name in ("carso", "prometheus"):
+        container = stack.container(name)
+        eventually(
+            lambda container=container: container.inspect()["State"]["Health"]["Status"] == "healthy",
+            because=lambda container=container: (container.inspect()["State"], container.log()),
+        )
+    assert stack.container("load").inspect()["State"]["Running"]
+
+
+def test_the_service_answers_at_its_published_port(stack: Stack) -> None:
+    body = (ROOT / "docs/samples/2-pgd-0.30.png").read_bytes()
+    status, answer = request("127.0.0.1", "POST", "/classify", body, port=stack.ports["SERVICE_PORT"])
+    (prediction,) = answer["predictions"]
+    assert (status, prediction["class_name"], prediction["agree"]) == (200, "2", False)
+
+
+def test_the_limits_are_in_force(stack: Stack) -> None:
+    for name in ("carso", "prometheus", "load"):
+        host = stack.container(name).inspect()["HostConfig"]
+        assert host["ReadonlyRootfs"]
+        assert host["CapDrop"] == ["ALL"]
+        assert host["Memory"] > 0
+        assert host["NanoCpus"] > 0
+        assert host["PidsLimit"] > 0
+
+
+def test_prometheus_scrapes_the_service_and_has_every_rule(stack: Stack) -> None:
+    def healths() -> list[str]:
+        return [target["health"] for target in stack.prometheus("targets")["activeTargets"]]
+
+    eventually(lambda: healths() == ["up"], because=lambda: stack.prometheus("targets"))
+    groups = stack.prometheus("rules")["groups"]
+    assert {group["name"] for group in groups} == {"carso-objectives", "carso-alerts"}
+    eventually(
+        lambda: all(rule["health"] == "ok" for group in stack.prometheus("rules")["groups"] for rule in group["rules"]),
+        because=lambda: stack.prometheus("rules"),
+    )
+
+
+def test_every_query_of_the_dashboard_returns_data_under_load(stack: Stack) -> None:
+    expected = [query for query in queries() if not any(name in query.expr for name in NO_DATA_YET)]
+    assert len(expected) > 30
+
+    def silent() -> list[tuple[str, str]]:
+        return [(query.panel, query.expr) for query in expected if not _numbers(stack.ask(query.expr))]
+
+    eventually(lambda: not silent(), because=lambda: (silent(), stack.container("load").log()))
+
+
+def test_nothing_is_firing_while_the_service_is_well(stack: Stack) -> None:
+    assert stack.ask('ALERTS{alertstate="firing"}') == []
+
+
+def test_the_service_going_away_is_noticed(stack: Stack) -> None:
+    stack.compose("stop", "carso")
+    assert stack.container("carso").inspect()["State"]["ExitCode"] == 0
+    eventually(lambda: stack.ask('ALERTS{alertname="CarsoDown"}'), because=lambda: stack.ask("up"))
+
+
+def test_the_gpu_override_reserves_a_gpu() -> None:
+    files = ("--file", "docker-compose.yml", "--file", "compose.gpu.yml")
+    config = Stack({}).compose(*files, "config")
+    assert "image: carso:gpu" in config
+    assert "driver: nvidia" in config
+
+
+def _numbers(result: list[dict[str, Any]]) -> list[float]:
+    """The values of a result but NaN, which is what a quantile of nothing is."""
+    values = [float(series["value"][1]) for series in result]
+    return [value for value in values if value == value]
