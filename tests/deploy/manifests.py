@@ -1,0 +1,48 @@
+"""The Kubernetes manifests, rendered."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
+OPTIONS = ("api-keys", "bundle")  # components that no overlay has
+
+Object = dict[str, Any]
+
+
+@cache
+def rendered(overlay: str) -> str:
+    """What `kubectl apply -k` would apply. Raises RuntimeError."""
+    return _kustomize(ROOT / "k8s/overlays" / overlay)
+
+
+def rendered_with(overlay: str, components: tuple[str, ...], folder: Path) -> str:
+    """An overlay of somebody's own in `folder`: that one and some components."""
+    folder.mkdir(parents=True)
+    k8s = Path(os.path.relpath(ROOT / "k8s", folder.resolve()))
+    content = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [str(k8s / "overlays" / overlay)],
+        "components": [str(k8s / "components" / name) for name in components],
+    }
+    (folder / "kustomization.yaml").write_text(yaml.safe_dump(content))
+    return _kustomize(folder)
+
+
+def objects(content: str) -> list[Object]:
+    return [found for found in yaml.safe_load_all(content) if found]
+
+
+def _kustomize(folder: Path) -> str:
+    done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr)
+    return done.stdout

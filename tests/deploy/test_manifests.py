@@ -1,0 +1,272 @@
+"""The Kubernetes manifests: against the schemas, and against each other. Nothing here needs a cluster."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("yaml", reason="pip install '.[deploy]'")
+
+import yaml
+
+from service.settings import PREFIX, Settings
+from tests.deploy.manifests import OPTIONS, OVERLAYS, Object, objects, rendered, rendered_with
+
+ROOT = Path(__file__).parents[2]
+WITH_DEPLOYMENT = [overlay for overlay in OVERLAYS if overlay != "kserve"]
+OPERATORS = {"ServiceMonitor", "PrometheusRule", "ScaledObject"}  # the kinds that custom-resources.js knows
+KSERVE_FIELDS = {"minReplicas", "maxReplicas"}  # of a predictor, beside those of a pod
+# What checkov asks for and these manifests leave open, with the reason.
+LEFT_OPEN = {
+    "CKV_K8S_14": "the tag of the image is the operator's to choose",
+    "CKV_K8S_15": "images have versions, so IfNotPresent is right",
+    "CKV_K8S_21": "the namespace is the operator's: kubectl -n",
+    "CKV_K8S_43": "so is the digest",
+}
+
+pytestmark = pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is missing")
+
+
+@pytest.fixture(params=OVERLAYS)
+def overlay(request: pytest.FixtureRequest) -> list[Object]:
+    return objects(rendered(request.param))
+
+
+@pytest.fixture(params=[*WITH_DEPLOYMENT, "cpu with options", "gpu with options"])
+def deployed(request: pytest.FixtureRequest, tmp_path: Path) -> list[Object]:
+    """The overlays that have a Deployment, and two with every option."""
+    name, _, options = request.param.partition(" with ")
+    return objects(rendered_with(name, OPTIONS, tmp_path / "overlay") if options else rendered(name))
+
+
+def only(found: list[Object], kind: str) -> Object:
+    (it,) = (each for each in found if each["kind"] == kind)
+    return it
+
+
+def pod_specs(found: list[Object]) -> Iterator[Object]:
+    for each in found:
+        if each["kind"] == "Deployment":
+            yield each["spec"]["template"]["spec"]
+        elif each["kind"] == "InferenceService":
+            predictor = each["spec"]["predictor"]
+            yield {name: value for name, value in predictor.items() if name not in KSERVE_FIELDS}
+
+
+def environment(container: Object) -> dict[str, str]:
+    return {variable["name"]: variable["value"] for variable in container["env"]}
+
+
+def validate(found: list[Object], folder: Path) -> None:
+    """Against Kubernetes' schemas, with no field that they do not have."""
+    file = folder / "objects.yaml"
+    file.write_text(yaml.safe_dump_all(found))
+    for version in ("1.29", "1.37"):
+        done = subprocess.run(
+            ["kubernetes-validate", "--strict", "--no-warn", "--kubernetes-version", version, file],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, f"Kubernetes {version}: {done.stdout}{done.stderr}"
+
+
+@pytest.mark.skipif(shutil.which("kubernetes-validate") is None, reason="pip install '.[deploy]'")
+def test_kubernetes_knows_every_field(overlay: list[Object], tmp_path: Path) -> None:
+    validate([each for each in overlay if each["kind"] not in OPERATORS | {"InferenceService"}], tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("kubernetes-validate") is None, reason="pip install '.[deploy]'")
+def test_kubernetes_knows_every_field_of_the_options(deployed: list[Object], tmp_path: Path) -> None:
+    validate([each for each in deployed if each["kind"] not in OPERATORS], tmp_path)
+
+
+@pytest.mark.skipif(shutil.which("kubernetes-validate") is None, reason="pip install '.[deploy]'")
+def test_the_predictor_of_kserve_is_a_pod(tmp_path: Path) -> None:
+    (spec,) = pod_specs(objects(rendered("kserve")))
+    validate([{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "carso"}, "spec": spec}], tmp_path)
+
+
+@pytest.mark.skipif("DEPLOY_WORK" not in os.environ, reason="tests/deploy/run installs the schemas")
+def test_the_operators_know_every_field() -> None:
+    found = [each for each in objects(rendered("autoscaling")) if each["kind"] in OPERATORS]
+    assert {each["kind"] for each in found} == OPERATORS
+    assert _custom_resource_mistakes(found) == ""
+    found[0]["spec"]["misspelt"] = True
+    assert "misspelt" in _custom_resource_mistakes(found) or "additional" in _custom_resource_mistakes(found)
+
+
+def _custom_resource_mistakes(found: list[Object]) -> str:
+    node = ["node", Path(__file__).with_name("custom-resources.js")]
+    modules = Path(os.environ["DEPLOY_WORK"]) / "npm/node_modules"
+    environment = os.environ | {"NODE_PATH": str(modules)}
+    done = subprocess.run(node, input=json.dumps(found), env=environment, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+@pytest.mark.skipif(shutil.which("checkov") is None, reason="tests/deploy/run installs checkov")
+@pytest.mark.parametrize("name", WITH_DEPLOYMENT)
+def test_checkov_finds_no_gap(name: str, tmp_path: Path) -> None:
+    (tmp_path / "objects.yaml").write_text(rendered(name))
+    command = ["checkov", "--directory", tmp_path, "--framework", "kubernetes", "--skip-download", "--output=json"]
+    done = subprocess.run([*command, "--compact"], capture_output=True, text=True)
+    results = json.loads(done.stdout)["results"]
+    gaps = {check["check_id"]: check["check_name"] for check in results["failed_checks"]}
+    assert len(results["passed_checks"]) > 50
+    assert {code: name for code, name in gaps.items() if code not in LEFT_OPEN} == {}
+
+
+def test_selectors_find_the_pods(deployed: list[Object]) -> None:
+    deployment = only(deployed, "Deployment")
+    labels = deployment["spec"]["template"]["metadata"]["labels"].items()
+    spec = deployment["spec"]["template"]["spec"]
+    selectors = [
+        deployment["spec"]["selector"]["matchLabels"],
+        only(deployed, "Service")["spec"]["selector"],
+        only(deployed, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        only(deployed, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        *(constraint["labelSelector"]["matchLabels"] for constraint in spec["topologySpreadConstraints"]),
+    ]
+    assert all(selector and selector.items() <= labels for selector in selectors)
+
+
+def test_ports_agree(deployed: list[Object]) -> None:
+    (container,) = only(deployed, "Deployment")["spec"]["template"]["spec"]["containers"]
+    (port,) = container["ports"]
+    (service,) = only(deployed, "Service")["spec"]["ports"]
+    (rule,) = only(deployed, "NetworkPolicy")["spec"]["ingress"]
+    probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
+    assert port["containerPort"] == int(re.search(r"CARSO_PORT=(\d+)", _dockerfile())[1])
+    assert service["targetPort"] == port["name"]
+    assert [allowed["port"] for allowed in rule["ports"]] == [port["name"]]
+    assert [probe["port"] for probe in probes] == [port["name"]] * 3
+    assert [probe["path"] for probe in probes] == ["/readyz", "/readyz", "/livez"]
+
+
+def test_a_pod_has_the_time_to_drain(overlay: list[Object]) -> None:
+    for spec in pod_specs(overlay):
+        settings = environment(spec["containers"][0])
+        drain = sum(float(settings[f"CARSO_DRAIN_{part}_S"]) for part in ("DELAY", "TIMEOUT"))
+        assert spec["terminationGracePeriodSeconds"] > drain + 5
+
+
+def test_no_variable_of_a_service_reaches_the_settings(overlay: list[Object]) -> None:
+    assert all(spec["enableServiceLinks"] is False for spec in pod_specs(overlay))
+
+
+def test_every_variable_is_a_setting(deployed: list[Object]) -> None:
+    known = {f"{PREFIX}{name}".upper() for name in Settings.model_fields}
+    for spec in pod_specs(deployed):
+        assert set(environment(spec["containers"][0])) <= known
+
+
+def test_the_restricted_pod_security_standard_is_met(overlay: list[Object], deployed: list[Object]) -> None:
+    """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
+    allowed = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    for spec in (*pod_specs(overlay), *pod_specs(deployed)):
+        assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
+        assert all(set(volume) - {"name"} <= allowed for volume in spec.get("volumes", ()))
+        assert spec["securityContext"]["runAsNonRoot"] is True
+        assert spec["securityContext"]["runAsUser"] != 0
+        assert spec["securityContext"]["seccompProfile"] == {"type": "RuntimeDefault"}
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
+            context = container["securityContext"]
+            assert context["allowPrivilegeEscalation"] is False
+            assert context["capabilities"] == {"drop": ["ALL"]}
+            assert context["readOnlyRootFilesystem"] is True  # not in the standard
+            assert not any("hostPort" in port for port in container.get("ports", ()))
+
+
+def test_no_token_of_kubernetes_is_mounted(overlay: list[Object]) -> None:
+    assert all(spec["automountServiceAccountToken"] is False for spec in pod_specs(overlay))
+
+
+def test_every_container_has_requests_and_limits(overlay: list[Object], deployed: list[Object]) -> None:
+    for spec in (*pod_specs(overlay), *pod_specs(deployed)):
+        for container in (*spec["containers"], *spec.get("initContainers", ())):
+            for kind in ("requests", "limits"):
+                assert {"cpu", "memory"} <= set(container["resources"][kind])
+
+
+def test_the_user_is_that_of_the_image(overlay: list[Object]) -> None:
+    user, group = re.search(r"^USER (\d+):(\d+)$", _dockerfile(), re.MULTILINE).groups()
+    for spec in pod_specs(overlay):
+        context = spec["securityContext"]
+        assert [context[name] for name in ("runAsUser", "runAsGroup")] == [int(user), int(group)]
+
+
+def test_volumes_and_their_mounts_agree(deployed: list[Object]) -> None:
+    for spec in pod_specs(deployed):
+        containers = (*spec["containers"], *spec.get("initContainers", ()))
+        mounted = {mount["name"] for container in containers for mount in container.get("volumeMounts", ())}
+        assert mounted == {volume["name"] for volume in spec.get("volumes", ())}
+
+
+def test_api_keys_are_read_from_a_file_of_the_secret(tmp_path: Path) -> None:
+    (spec,) = pod_specs(objects(rendered_with("cpu", ("api-keys",), tmp_path / "overlay")))
+    (container,), (volume,) = spec["containers"], spec["volumes"]
+    (mount,) = container["volumeMounts"]
+    file = Path(environment(container)["CARSO_API_KEYS_FILE"])
+    assert (str(file.parent), volume["secret"]["secretName"]) == (mount["mountPath"], "carso-api-keys")
+
+
+def test_a_bundle_image_fills_the_folder_that_the_service_reads(tmp_path: Path) -> None:
+    (spec,) = pod_specs(objects(rendered_with("cpu", ("bundle",), tmp_path / "overlay")))
+    (copier,), (container,) = spec["initContainers"], spec["containers"]
+    assert copier["command"][-1] == copier["volumeMounts"][0]["mountPath"]
+    assert re.search(r"CARSO_BUNDLE=(\S+)", _dockerfile())[1] == container["volumeMounts"][0]["mountPath"]
+
+
+def test_a_gpu_is_asked_for_and_its_nodes_are_tolerated() -> None:
+    (spec,) = pod_specs(objects(rendered("gpu")))
+    resources = spec["containers"][0]["resources"]
+    assert resources["limits"]["nvidia.com/gpu"] == resources["requests"]["nvidia.com/gpu"] == "1"
+    assert spec["tolerations"] == [{"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}]
+    assert spec["containers"][0]["image"].endswith(":gpu")
+
+
+def test_prometheus_of_the_cluster_and_of_compose_have_the_same_rules() -> None:
+    rule = only(objects(rendered("monitoring")), "PrometheusRule")
+    assert rule["spec"] == yaml.safe_load((ROOT / "docker/prometheus/rules.yml").read_text())
+    file = ROOT / "k8s/components/monitoring/prometheus-rule.yaml"
+    assert rule["spec"] == yaml.safe_load(file.read_text())["spec"], "run k8s/components/monitoring/generate"
+
+
+def test_grafana_of_the_cluster_and_of_compose_have_the_same_dashboard() -> None:
+    config = only(objects(rendered("monitoring")), "ConfigMap")
+    assert config["metadata"]["labels"]["grafana_dashboard"] == "1"
+    assert config["data"]["carso.json"] == (ROOT / "docker/grafana/dashboards/carso.json").read_text()
+
+
+def test_prometheus_finds_the_service_under_the_name_that_the_rules_use() -> None:
+    found = objects(rendered("monitoring"))
+    monitor, service = only(found, "ServiceMonitor"), only(found, "Service")
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= service["metadata"]["labels"].items()
+    assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= {
+        port["name"] for port in service["spec"]["ports"]
+    }
+    assert service["metadata"]["name"] == "carso"  # which is the job of its series, as the operator names them
+    (rule,) = only(found, "NetworkPolicy")["spec"]["ingress"]
+    assert {"kubernetes.io/metadata.name": "monitoring"} in [
+        peer["namespaceSelector"]["matchLabels"] for peer in rule["from"] if "namespaceSelector" in peer
+    ]
+
+
+def test_the_autoscaler_owns_the_number_of_replicas() -> None:
+    found = objects(rendered("autoscaling"))
+    deployment, scaled = only(found, "Deployment"), only(found, "ScaledObject")["spec"]
+    assert "replicas" not in deployment["spec"]
+    assert scaled["scaleTargetRef"] == {"name": deployment["metadata"]["name"]}
+    assert 2 <= scaled["minReplicaCount"] <= scaled["fallback"]["replicas"] <= scaled["maxReplicaCount"]
+    (trigger,) = scaled["triggers"]
+    assert "carso_queue_rows" in trigger["metadata"]["query"]
+
+
+def _dockerfile() -> str:
+    return (ROOT / "docker/Dockerfile").read_text()
