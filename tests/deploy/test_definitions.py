@@ -1,0 +1,101 @@
+"""The Dockerfile, its lock files and the compose files: whatever needs no daemon to be checked."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+
+yaml = pytest.importorskip("yaml", reason="pip install '.[deploy]'")
+
+ROOT = Path(__file__).parents[2]
+DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
+COMPOSE = ("docker-compose.yml", "compose.gpu.yml")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# The extras that a lock file holds beside the base install, and what it holds in the place of something else.
+LOCKS: dict[str, tuple[list[str], dict[str, str]]] = {
+    "cpu": ([], {"onnxruntime-gpu": "onnxruntime"}),
+    "gpu": (["cuda"], {}),
+    "training": (["train"], {"onnxruntime-gpu": "onnxruntime", "torch": ""}),  # torch is in the Dockerfile
+}
+
+
+def locked(name: str) -> dict[str, str]:
+    """Versions by package."""
+    return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / f"docker/requirements-{name}.txt").read_text(), re.MULTILINE))
+
+
+def pinned() -> dict[str, str]:
+    return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+
+
+@pytest.mark.skipif(shutil.which("hadolint") is None, reason="pip install '.[deploy]'")
+def test_hadolint_accepts_the_dockerfile() -> None:
+    done = subprocess.run(["hadolint", ROOT / "docker/Dockerfile"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_holds_what_the_project_asks_for(name: str) -> None:
+    """Run docker/lock after a change of the dependencies."""
+    extras, instead = LOCKS[name]
+    asked = [*PROJECT["dependencies"], *(each for extra in extras for each in PROJECT["optional-dependencies"][extra])]
+    names = {re.match(r"[\w-]+", each)[0] for each in asked}
+    assert {instead.get(each, each) for each in names} - {""} <= set(locked(name))
+    assert not set(instead) & set(locked(name))
+
+
+@pytest.mark.parametrize("name", LOCKS)
+def test_a_lock_has_the_versions_that_the_tests_run_with(name: str) -> None:
+    pins = pinned() | {"onnxruntime": pinned()["onnxruntime-gpu"]}
+    assert {package: version for package, version in locked(name).items() if package in pins}.items() <= pins.items()
+
+
+def test_the_training_image_has_the_torch_that_the_tests_run_with() -> None:
+    assert re.search(r"ARG TORCH=(\S+)\+cpu", DOCKERFILE)[1] == pinned()["torch"]
+
+
+def test_images_are_labelled_with_the_version_of_the_project() -> None:
+    assert re.search(r"ARG VERSION=(\S+)", DOCKERFILE)[1] == PROJECT["version"]
+
+
+@pytest.mark.skipif(shutil.which("dclint") is None, reason="tests/deploy/run installs dclint")
+def test_the_compose_files_are_of_the_current_schema(tmp_path: Path) -> None:
+    assert _against_the_schema([ROOT / file for file in COMPOSE]) == []
+    wrong = tmp_path / "docker-compose.yml"
+    wrong.write_text("services: {a: {image: a, misspelt: 1}}\n")
+    assert len(_against_the_schema([wrong])) == 1
+
+
+def _against_the_schema(files: list[Path]) -> list[str]:
+    done = subprocess.run(["dclint", "--formatter", "json", *files], capture_output=True, text=True)
+    results = json.loads(done.stdout)
+    assert {Path(result["filePath"]).name for result in results} == {file.name for file in files}
+    messages = [message for result in results for message in result["messages"]]
+    return [message["message"] for message in messages if message["rule"] in ("invalid-schema", "invalid-yaml")]
+
+
+@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is missing")
+@pytest.mark.parametrize("files", [COMPOSE[:1], COMPOSE], ids=" and ".join)
+def test_the_first_compose_reads_the_files_too(files: tuple[str, ...]) -> None:
+    options = [option for file in files for option in ("--file", file)]
+    done = subprocess.run(["docker-compose", *options, "config"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_compose_leaves_the_service_the_time_to_drain() -> None:
+    service = yaml.safe_load((ROOT / COMPOSE[0]).read_text())["services"]["carso"]
+    assert int(service["stop_grace_period"].removesuffix("s")) > int(service["environment"]["CARSO_DRAIN_TIMEOUT_S"])
+
+
+def test_every_image_that_is_built_names_a_target_of_the_dockerfile() -> None:
+    targets = re.findall(r"^FROM \S+ AS (\S+)", DOCKERFILE, re.MULTILINE)
+    for file in COMPOSE:
+        service = yaml.safe_load((ROOT / file).read_text())["services"]["carso"]
+        assert service["build"]["target"] in targets
+        assert service["image"] == f"carso:{service['build']['target']}"
