@@ -4,6 +4,8 @@ Most are clean. For one minute of every three, a third of those that go to the r
 somebody were at work: the share of disagreement rises, and more votes are counted.
 """
 
+# ruff: noqa: S311, T201  the dice are for traffic, and what is printed is the container's log
+
 from __future__ import annotations
 
 import argparse
@@ -25,7 +27,7 @@ def main() -> None:
     parser.add_argument("--callers", type=int, default=4)
     options = parser.parse_args()
     clean, attacked = (
-        [path.read_bytes() for path in sorted(options.digits.glob(pattern))] for pattern in ("*-clean.png", "*-pgd-*.png")
+        [path.read_bytes() for path in sorted(options.digits.glob(f"*-{kind}.png"))] for kind in ("clean", "pgd-*")
     )
     for number in range(options.callers):
         path = "/classify" if number % 2 == 0 else "/classify/fast"

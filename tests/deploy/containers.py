@@ -7,13 +7,14 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 DOCKER = os.environ.get("DOCKER", "docker")
 PORT = 8000
+IMAGE = {"Content-Type": "image/png"}
 START_WITHIN = 120  # seconds: test machines may be busy
 
 # What a cautious operator sets, and Kubernetes' restricted standard asks for.
@@ -63,12 +64,18 @@ class Container:
 
 
 def request(
-    host: str, method: str, path: str, body: bytes | None = None, *, port: int = PORT, content_type: str = "image/png"
+    host: str,
+    method: str,
+    path: str,
+    body: bytes | None = None,
+    *,
+    port: int = PORT,
+    headers: Mapping[str, str] = IMAGE,
 ) -> tuple[int, Any]:
     """Status and JSON of one request on a connection of its own."""
     connection = http.client.HTTPConnection(host, port, timeout=60)
     try:
-        connection.request(method, path, body, {"Content-Type": content_type} if body else {})
+        connection.request(method, path, body, headers)
         response = connection.getresponse()
         content = response.read()
         is_json = "json" in (response.headers["content-type"] or "")

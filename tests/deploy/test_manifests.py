@@ -179,7 +179,16 @@ def test_every_variable_is_a_setting(deployed: list[Object]) -> None:
 
 def test_the_restricted_pod_security_standard_is_met(overlay: list[Object], deployed: list[Object]) -> None:
     """https://kubernetes.io/docs/concepts/security/pod-security-standards/#restricted"""
-    allowed = {"configMap", "csi", "downwardAPI", "emptyDir", "ephemeral", "persistentVolumeClaim", "projected", "secret"}
+    allowed = {
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "persistentVolumeClaim",
+        "projected",
+        "secret",
+    }
     for spec in (*pod_specs(overlay), *pod_specs(deployed)):
         assert not {"hostNetwork", "hostPID", "hostIPC"} & set(spec)
         assert all(set(volume) - {"name"} <= allowed for volume in spec.get("volumes", ()))

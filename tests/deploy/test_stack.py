@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import time
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.containers import Container, docker, request
+from tests.deploy.containers import Container, request
 from tests.deploy.dashboard import queries
 from tests.server import free_port
 
