@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import time
 from base64 import b64encode
@@ -33,9 +34,10 @@ network_backend = "netavark"
 network_config_dir = "{folder}/networks"
 """
 
-pytestmark = pytest.mark.skipif(
-    "DEPLOY_CPU_IMAGE" not in os.environ, reason="tests/deploy/run builds the images and runs this"
-)
+pytestmark = [
+    pytest.mark.skipif("DEPLOY_CPU_IMAGE" not in os.environ, reason="tests/deploy/run builds the images and runs this"),
+    pytest.mark.skipif(shutil.which("kubectl") is None, reason="kubectl is missing"),
+]
 
 
 @dataclass(frozen=True)
