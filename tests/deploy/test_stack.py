@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import time
 import urllib.parse
@@ -124,6 +125,18 @@ def test_every_query_of_the_dashboard_returns_data_under_load(stack: Stack) -> N
         return [(query.panel, query.expr) for query in expected if not _numbers(stack.ask(query.expr))]
 
     eventually(lambda: not silent(), because=lambda: (silent(), stack.container("load").log()))
+
+
+def test_what_scales_the_service_returns_data_under_load(stack: Stack) -> None:
+    page = (ROOT / "docs/scaling.md").read_text()
+    scaler = (ROOT / "k8s/components/autoscaling/scaled-object.yaml").read_text()
+    exprs = [
+        *re.findall(r"```promql\n(.+?)\n```", page, re.DOTALL),
+        *re.findall(r"^ +query: (.+)$", scaler, re.MULTILINE),
+    ]
+    assert len(exprs) == 4
+    for expr in exprs:
+        eventually(lambda expr=expr: _numbers(stack.ask(expr)), because=lambda expr=expr: expr)
 
 
 def test_nothing_is_firing_while_the_service_is_well(stack: Stack) -> None:
