@@ -95,7 +95,7 @@ class Settings(BaseSettings):
         description="Pixels to which the encoded images of one request may decode, all together.",
     )
     receive_timeout_s: float = Field(
-        default=30, gt=0, le=3600, description="Seconds that a client has to send a request's headers, and its body."
+        default=30, ge=0.1, le=3600, description="Seconds that a client has to send a request's headers, and its body."
     )
     decode_threads: int = Field(
         default=2, ge=1, le=64, description="Threads that decode bodies too large to decode at once."
@@ -120,7 +120,7 @@ class Settings(BaseSettings):
         default=30, ge=0, le=3600, description="Seconds that requests in flight then have to finish."
     )
     watchdog_s: float = Field(
-        default=30, gt=0, le=3600, description="Seconds that one step of the engine may take before liveness fails."
+        default=30, ge=0.1, le=3600, description="Seconds that one step of the engine may take before liveness fails."
     )
     api_keys_file: Path | None = Field(
         default=None,
