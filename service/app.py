@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -35,6 +35,9 @@ from service.server import Lifecycle
 from service.sessions import Sessions
 from service.settings import Settings, SettingsError
 
+if TYPE_CHECKING:
+    from service.tracing import Tracing
+
 log = logging.getLogger(__name__)
 
 DESCRIPTION = (
@@ -49,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     Whatever can fail fails here, before a port is opened. Raises BundleError, DeviceError, SettingsError.
     """
     keys = _keys(settings.api_keys_file)
+    tracing = _tracing() if settings.tracing else None
     bundle = Bundle.load(settings.bundle)
     manifest = bundle.manifest
     if manifest.samples > settings.max_samples:
@@ -90,6 +94,8 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await engine.stop()
         pool.shutdown(wait=False, cancel_futures=True)
+        if tracing:
+            tracing.shutdown()
 
     app = FastAPI(title="CARSO", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.engine, app.state.lifecycle = engine, lifecycle
@@ -97,6 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
     classifier = Classifier(
         engine,
         metrics=metrics,
+        trace=tracing.job if tracing else lambda job: None,
         classes=manifest.classes,
         allow_seed=settings.allow_seed,
         evidence=settings.evidence,
@@ -131,6 +138,8 @@ def create_app(settings: Settings) -> FastAPI:
         metrics=metrics,
         lifecycle=lifecycle,
     )
+    if tracing:
+        app.add_middleware(tracing.around)
     return app
 
 
@@ -141,6 +150,16 @@ def _keys(path: pathlib.Path | None) -> ApiKeys | None:
         return ApiKeys.read(path)
     except BadKeys as e:
         raise SettingsError(f"CARSO_API_KEYS_FILE: {e}") from None
+
+
+def _tracing() -> Tracing:
+    try:
+        from service.tracing import Tracing
+    except ImportError as e:
+        raise SettingsError(
+            f"CARSO_TRACING: True is not allowed without its libraries ({e}): pip install 'carso[tracing]'"
+        ) from None
+    return Tracing()
 
 
 def _info(settings: Settings, bundle: Bundle, *, provider: str) -> Info:

@@ -27,7 +27,8 @@ from service.server import Lifecycle
 from service.sessions import CUDA, Device, Precision
 from service.vote import Rule
 
-disable_created_metrics()  # a gauge beside every counter, of when it began: half a page that nobody reads
+# A gauge beside every counter, of when it began: half a page that nobody reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # from a fast answer on a GPU to a full count on a busy CPU
 SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)

@@ -138,6 +138,10 @@ class Settings(BaseSettings):
         description="label: answers hold labels only, and neither tallies, scores nor timings, which an attacker who "
         "learns from answers lives on.",
     )
+    tracing: bool = Field(
+        default=False,
+        description="Send OpenTelemetry traces; needs carso[tracing]. Where to: OTEL_EXPORTER_OTLP_ENDPOINT.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level that is logged."
     )
