@@ -13,7 +13,7 @@ from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service import __version__, routes
+from service import __version__, openapi, routes
 from service.admission import QueueFull
 from service.answers import DeviceInfo, Info, Limits, bundle_info, bundle_name
 from service.bodies import MEDIA_TYPES
@@ -21,7 +21,7 @@ from service.bundle import Bundle
 from service.classify import Classifier
 from service.decoding import Decoder
 from service.engine import Engine, EngineError
-from service.envelope import Envelope, refuse
+from service.envelope import PROBES, Envelope, refuse
 from service.errors import RequestError
 from service.images import Reader
 from service.keys import ApiKeys, BadKeys
@@ -127,6 +127,8 @@ def create_app(settings: Settings) -> FastAPI:
     routes.add_native(app, native, options, manifest.input, max_images=settings.max_images, evidence=settings.evidence)
     routes.add_operations(app, probes, metrics, _info(settings, bundle, provider=provider))
     routes.add_open_inference(app, probes, models)
+    if keys:
+        app.openapi = openapi.guarded(app, but=PROBES)  # type: ignore[method-assign]  # FastAPI's own way to do it
     for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, refuse)
     app.add_middleware(

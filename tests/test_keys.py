@@ -35,6 +35,10 @@ def test_with_keys_only_probes_and_metrics_are_open(tmp_path, keys_file):
         for key in (OLD, NEW):
             client.headers["authorization"] = f"Bearer {key}"
             assert as_png("/classify", client).status_code == 200
+        document = client.get("/openapi.json").json()
+        assert document["components"]["securitySchemes"] == {"key": {"type": "http", "scheme": "bearer"}}
+        assert document["paths"]["/classify"]["post"]["security"] == [{"key": []}]
+        assert "security" not in document["paths"]["/livez"]["get"]
         client.headers["authorization"] = f"Bearer {OLD}x"
         assert OLD not in refused(as_png("/classify", client), 401, "unauthorized")
         assert sample(client.get("/metrics").text, 'carso_rejections_total{reason="unauthorized"}') == 7
