@@ -119,7 +119,9 @@ def info(*, as_json: Json = False, url: Url = DEFAULT_URL) -> None:
 
 @app.command()
 def bench(
-    url: Annotated[str, typer.Argument(envvar="CARSO_URL", callback=_checked_url, help="Of the service.")],
+    url: Annotated[
+        str, typer.Argument(metavar="URL", envvar="CARSO_URL", callback=_checked_url, help="Of the service.")
+    ],
     *,
     connections: Annotated[int, typer.Option(min=1, max=1000, help="Requests in flight at any time.")] = 32,
     seconds: Annotated[float, typer.Option(min=0.1, max=86400)] = 10,
@@ -135,8 +137,9 @@ def bench(
 ) -> None:
     """Load a service, and show how fast it answers.
 
-    Every connection sends its next request when the last one is answered; none is sent twice. Random images are harder
-    than real ones: they take more votes. The command itself takes processor time too: run it on another machine.
+    Every connection sends its next request when the last one is answered; none is sent twice.
+
+    Random images take more votes than real ones mostly do. This command takes processor time too: run it elsewhere.
     """
     if fast and (samples, risk) != (None, None):
         raise typer.BadParameter("--samples and --risk are of the robust path: leave them out, or --fast")
