@@ -391,6 +391,29 @@ def test_retry_after_in_seconds_is_waited_for(connect):
     assert second.at - first.at >= 1
 
 
+def test_with_a_deadline_retry_after_may_be_longer_than_the_timeout(connect):
+    with (
+        scripted(refusal(429, "overloaded", retry_after=1), LABEL_ONLY) as server,
+        connect(server.url, timeout=0.9) as client,
+    ):
+        assert client.classify(PNG, deadline=600).predictions
+
+
+def test_a_call_that_finds_no_free_connection_says_so():
+    async def run(url: str) -> None:
+        async with AsyncClient(url, timeout=0.3, connections=1) as client:
+            holding = asyncio.create_task(client.classify(PNG, deadline=600))
+            while not server.received:
+                await asyncio.sleep(0.01)
+            with pytest.raises(Unavailable, match="no free connection"):
+                await client.classify_fast(PNG)
+            holding.cancel()
+
+    with scripted("silence") as server:
+        asyncio.run(run(server.url))
+    assert len(server.received) == 1
+
+
 def test_retry_after_as_a_date_is_waited_for(connect):
     date = (datetime.now(UTC) + timedelta(seconds=3)).replace(microsecond=0)  # dates have whole seconds
     late = refusal(503, "not_ready", retry_after=format_datetime(date, usegmt=True))
@@ -400,7 +423,10 @@ def test_retry_after_as_a_date_is_waited_for(connect):
     assert datetime.now(UTC) >= date
 
 
-@pytest.mark.parametrize("retry_after", ["soon", "", "-5", "nan", "Wed, 99 Foo 2026", "Mon, 01 Jan 2001 00:00:00 GMT"])
+@pytest.mark.parametrize(
+    "retry_after",
+    ["soon", "", "-5", "nan", "Wed, 99 Foo 2026", "Mon, 01 Jan 99999 00:00:00 GMT", "Mon, 01 Jan 2001 00:00:00 GMT"],
+)
 def test_retry_after_that_says_nothing_is_no_hindrance(connect, retry_after):
     failure = refusal(503, "not_ready", retry_after=retry_after)
     with scripted(failure, LABEL_ONLY) as server, connect(server.url) as client:
@@ -481,7 +507,7 @@ def test_the_service_is_told_what_is_left_of_the_deadline(connect):
     ):
         client.classify(PNG, deadline=500)
         client.classify_fast(PNG, deadline=500)
-        client.classify(PNG, deadline=1e6)
+        client.classify(PNG, deadline=float("inf"))
         client.classify(PNG)
     first, second, fast, long, without = (request.query.get("deadline_ms") for request in server.received)
     assert 1000 < int(second) <= int(first) - 1000 < 500_000

@@ -25,7 +25,7 @@ from service.client.images import Body
 
 CONNECT_TIMEOUT = 5.0  # seconds, at most: a connection is there at once, or will hardly be
 GRACE = 1.0  # seconds after a deadline that the service was told, in which its answer with the votes so far may arrive
-MAX_DEADLINE_MS = 600_000  # the service's
+MAX_DEADLINE = 600.0  # seconds, the most that the service takes
 FIRST_BACKOFF, MAX_BACKOFF = 0.1, 5.0  # seconds
 
 # A connection that was refused or that broke. Not timeouts: a service that is slow is not helped by more requests.
@@ -38,7 +38,7 @@ R = TypeVar("R", bound=BaseModel)
 class Patience:
     """How long a call waits. `deadline` and `timeout` in seconds."""
 
-    timeout: float  # for each wait on the socket, and for the service's wish to be asked later
+    timeout: float  # for each wait on the socket; without a deadline, for the service's wish to be asked later too
     retries: int
     deadline: float | None = None  # after the call's begin, for everything
     tell: bool = False  # the service the deadline, so that it answers by then with what it has
@@ -85,8 +85,9 @@ class Call(Generic[R]):
             if not (left := self._end - time.monotonic()) > 0:
                 raise self._too_late()
             if self._patience.tell:
-                params["deadline_ms"] = min(max(1, int(1e3 * left)), MAX_DEADLINE_MS)
-                timeout = left + GRACE  # not less: a count may well take longer than other calls
+                told = min(left, MAX_DEADLINE)
+                params["deadline_ms"] = max(1, int(1e3 * told))
+                timeout = told + GRACE  # whatever the timeout of other calls: a count may well take longer
             else:
                 timeout = min(timeout, left)
         if self._body is not None:
@@ -109,21 +110,23 @@ class Call(Generic[R]):
             error, again = self._refusal(outcome), outcome.status_code in (429, 503)
         else:
             error, again = self._failure(outcome), isinstance(outcome, _BROKEN)
-        cause = None if isinstance(outcome, httpx.Response) else outcome
-        if not again or self._attempts > self._patience.retries:
-            raise error from cause
-        retry_after = error.retry_after
-        # Retry-After is the least; the jitter on it keeps those who were told the same from coming back as one
-        pause = (retry_after or 0.0) + random.uniform(0, self._backoff())  # noqa: S311
-        if retry_after is not None and retry_after > self._patience.timeout:
-            raise error from cause
-        if self._end is not None and time.monotonic() + pause >= self._end:
-            raise error from cause
-        return pause
+        if again and self._attempts <= self._patience.retries:
+            pause = self._pause(error.retry_after)
+            if pause is not None:
+                return pause
+        raise error from (None if isinstance(outcome, httpx.Response) else outcome)
 
-    def _backoff(self) -> float:
-        """Exponential, to be drawn from by full jitter (https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/)."""
-        return min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(self._attempts - 1, 30))
+    def _pause(self, retry_after: float | None) -> float | None:
+        """Seconds; None if the call cannot wait so long.
+
+        Exponential backoff with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
+        It is added to what the service asks for, so that those who were told the same do not come back as one.
+        """
+        backoff = min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(self._attempts - 1, 30))
+        pause = (retry_after or 0.0) + random.uniform(0, backoff)  # noqa: S311
+        if self._end is not None:
+            return pause if time.monotonic() + pause < self._end else None
+        return pause if retry_after is None or retry_after <= self._patience.timeout else None
 
     def _read(self, response: httpx.Response) -> R:
         try:
@@ -164,8 +167,13 @@ class Call(Generic[R]):
         if isinstance(error, httpx.TimeoutException):
             if self._end is not None and time.monotonic() >= self._end:
                 return self._too_late()
-            what = "no connection to" if isinstance(error, httpx.ConnectTimeout) else "no answer from"
-            return Unavailable(f"{what} {url} in time: give a longer timeout", request_id=self.request_id)
+            if isinstance(error, httpx.ConnectTimeout):
+                message = f"no connection to {url} in time"
+            elif isinstance(error, httpx.PoolTimeout):
+                message = f"no free connection to {url} in time: have fewer calls in flight, or more connections"
+            else:
+                message = f"no answer from {url} in time: give a longer timeout, or a deadline"
+            return Unavailable(message, request_id=self.request_id)
         reason = str(error) or type(error).__name__
         return Unavailable(f"no answer from {url}: {reason}", request_id=self.request_id)
 
