@@ -14,6 +14,7 @@ from service.sessions import Device, Precision
 from service.vote import MAX_RISK, MIN_RISK
 
 PREFIX = "CARSO_"
+OF_THE_CLIENT = frozenset(("CARSO_URL", "CARSO_API_KEY"))
 REFERENCE_BUNDLE = Path("models/mnist-fcn")
 
 
@@ -158,5 +159,5 @@ class Settings(BaseSettings):
 
 def unknown_variables() -> list[str]:
     """Names in the environment that begin like a setting's but are none: most likely misspelt."""
-    known = {f"{PREFIX}{field}".upper() for field in Settings.model_fields}
+    known = {f"{PREFIX}{field}".upper() for field in Settings.model_fields} | OF_THE_CLIENT
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)

@@ -6,10 +6,11 @@ import socket
 
 import pytest
 
+from service.client import Client, RequestRefused
 from service.errors import Unauthorized
 from service.keys import ApiKeys, BadKeys
 from tests.bundles import SMALL, shared_bundle
-from tests.calls import as_png, refused, sample
+from tests.calls import PNG, as_png, refused, sample
 from tests.server import serving
 from tests.test_settings import start
 
@@ -43,6 +44,20 @@ def test_with_keys_only_probes_and_metrics_are_open(tmp_path, keys_file):
         assert OLD not in refused(as_png("/classify", client), 401, "unauthorized")
         assert sample(client.get("/metrics").text, 'carso_rejections_total{reason="unauthorized"}') == 7
     assert not any(key in log.read_text() for key in (OLD, NEW))
+
+
+def test_the_client_sends_its_key_and_understands_answers_without_evidence(tmp_path, keys_file):
+    settings = {"api_keys_file": keys_file, "evidence": "label"}
+    with serving(shared_bundle(SMALL), tmp_path / "log", **settings) as server:
+        with Client(server.url, api_key=NEW) as client:
+            (prediction,) = client.classify(PNG).predictions
+            assert (prediction.complete, prediction.tally) == (True, None)
+            (prediction,) = client.classify_fast(PNG).predictions
+            assert prediction.probabilities is None
+            assert client.info().limits.allow_seed
+        with Client(server.url, api_key="another-key-of-nobody") as client, pytest.raises(RequestRefused) as refusal:
+            client.classify(PNG)
+        assert (refusal.value.status, refusal.value.error) == (401, "unauthorized")
 
 
 def test_a_refused_body_is_not_read(tmp_path, keys_file):
