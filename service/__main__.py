@@ -22,6 +22,9 @@ log = logging.getLogger("service")
 BAD_SETTING = 2
 CANNOT_START = 1
 SWITCH_INTERVAL = 0.5e-3  # seconds
+# Seconds that an idle connection stays open: longer than load balancers keep theirs (AWS and nginx 60 by default), or
+# they would send requests over connections that are being closed.
+KEEP_ALIVE = 75
 
 
 def main() -> None:
@@ -49,6 +52,7 @@ def main() -> None:
         log_config=None,  # uvicorn's loggers join ours
         access_log=False,  # service.envelope writes that line
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE,
     )
     Server(
         config,

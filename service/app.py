@@ -7,13 +7,13 @@ import pathlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from typing import get_args
+from typing import TYPE_CHECKING, get_args
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from service import __version__, routes
+from service import __version__, openapi, routes
 from service.admission import QueueFull
 from service.answers import DeviceInfo, Info, Limits, bundle_info, bundle_name
 from service.bodies import MEDIA_TYPES
@@ -21,7 +21,7 @@ from service.bundle import Bundle
 from service.classify import Classifier
 from service.decoding import Decoder
 from service.engine import Engine, EngineError
-from service.envelope import Envelope, refuse
+from service.envelope import PROBES, Envelope, refuse
 from service.errors import RequestError
 from service.images import Reader
 from service.keys import ApiKeys, BadKeys
@@ -34,6 +34,9 @@ from service.probes import Probes
 from service.server import Lifecycle
 from service.sessions import Sessions
 from service.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from service.tracing import Tracing
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +52,7 @@ def create_app(settings: Settings) -> FastAPI:
     Whatever can fail fails here, before a port is opened. Raises BundleError, DeviceError, SettingsError.
     """
     keys = _keys(settings.api_keys_file)
+    tracing = _tracing() if settings.tracing else None
     bundle = Bundle.load(settings.bundle)
     manifest = bundle.manifest
     if manifest.samples > settings.max_samples:
@@ -90,6 +94,8 @@ def create_app(settings: Settings) -> FastAPI:
         yield
         await engine.stop()
         pool.shutdown(wait=False, cancel_futures=True)
+        if tracing:
+            tracing.shutdown()
 
     app = FastAPI(title="CARSO", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.engine, app.state.lifecycle = engine, lifecycle
@@ -97,6 +103,7 @@ def create_app(settings: Settings) -> FastAPI:
     classifier = Classifier(
         engine,
         metrics=metrics,
+        trace=tracing.job if tracing else lambda job: None,
         classes=manifest.classes,
         allow_seed=settings.allow_seed,
         evidence=settings.evidence,
@@ -120,6 +127,8 @@ def create_app(settings: Settings) -> FastAPI:
     routes.add_native(app, native, options, manifest.input, max_images=settings.max_images, evidence=settings.evidence)
     routes.add_operations(app, probes, metrics, _info(settings, bundle, provider=provider))
     routes.add_open_inference(app, probes, models)
+    if keys:
+        app.openapi = openapi.guarded(app, but=PROBES)  # type: ignore[method-assign]  # FastAPI's own way to do it
     for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, refuse)
     app.add_middleware(
@@ -131,6 +140,8 @@ def create_app(settings: Settings) -> FastAPI:
         metrics=metrics,
         lifecycle=lifecycle,
     )
+    if tracing:
+        app.add_middleware(tracing.around)
     return app
 
 
@@ -141,6 +152,16 @@ def _keys(path: pathlib.Path | None) -> ApiKeys | None:
         return ApiKeys.read(path)
     except BadKeys as e:
         raise SettingsError(f"CARSO_API_KEYS_FILE: {e}") from None
+
+
+def _tracing() -> Tracing:
+    try:
+        from service.tracing import Tracing
+    except ImportError as e:
+        raise SettingsError(
+            f"CARSO_TRACING: True is not allowed without its libraries ({e}): pip install 'carso[tracing]'"
+        ) from None
+    return Tracing()
 
 
 def _info(settings: Settings, bundle: Bundle, *, provider: str) -> Info:

@@ -6,6 +6,7 @@ Every API of the service ends here; each reads its own requests and writes its o
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,11 +38,19 @@ class Classifier:
     """Both paths over one engine."""
 
     def __init__(
-        self, engine: Engine, *, metrics: Metrics, classes: tuple[str, ...], allow_seed: bool, evidence: Evidence
+        self,
+        engine: Engine,
+        *,
+        metrics: Metrics,
+        trace: Callable[[Job], None],
+        classes: tuple[str, ...],
+        allow_seed: bool,
+        evidence: Evidence,
     ) -> None:
-        """`evidence`: "label" withholds tallies, scores and timings."""
+        """`trace` is called with every finished job. `evidence`: "label" withholds tallies, scores and timings."""
         self._engine = engine
         self._metrics = metrics
+        self._trace = trace
         self._classes = classes
         self._allow_seed = allow_seed
         self._label_only = evidence == "label"
@@ -99,10 +108,12 @@ class Classifier:
         exchange.fields["images"] = len(job.images)
         try:
             async with WhileConnected(request.receive):
-                return await self._engine.run(job)
+                await self._engine.run(job)
         except ClientGone:
             self._metrics.cancellation("client_gone")
             raise
         except EngineStopped:
             self._metrics.cancellation("stopping")
             raise
+        self._trace(job)
+        return job

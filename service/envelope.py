@@ -28,7 +28,7 @@ from service.server import Lifecycle
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
-TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 # Asked by machines, often: they need no key, and are logged at level debug only.
 PROBES = frozenset(("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"))
@@ -84,7 +84,7 @@ class Envelope:
         headers = dict(scope["headers"])
         exchange = Exchange(_request_id(headers.get(b"x-request-id", b"")))
         if trace := TRACEPARENT.fullmatch(headers.get(b"traceparent", b"")):
-            exchange.fields["trace_id"], exchange.fields["parent_id"] = trace[1].decode(), trace[2].decode()
+            exchange.fields["trace_id"] = trace[1].decode()
         scope.setdefault("state", {})["exchange"] = exchange
         path: str = scope["path"]
         send = _with_headers(send, exchange, path=path, closing=self._lifecycle.draining)

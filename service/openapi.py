@@ -5,8 +5,10 @@ themselves: bodies, options, errors.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
+
+from fastapi import FastAPI
 
 from service.answers import ErrorAnswer
 from service.bodies import IMAGE_TYPES, JSON, MULTIPART, NPY
@@ -38,6 +40,22 @@ def operation(options: type[FastOptions], spec: InputSpec, *, max_images: int) -
         "parameters": [_parameter(name, schema) for name, schema in properties.items()],
         "requestBody": {"required": True, "content": _content(properties, spec, max_images=max_images)},
     }
+
+
+def guarded(app: FastAPI, *, but: Collection[str]) -> Callable[[], dict[str, Any]]:
+    """`app.openapi` of a service that asks for API keys, at all paths but these."""
+    plain = app.openapi
+
+    def document() -> dict[str, Any]:
+        schema = plain()  # made once, and kept
+        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        for path, operations in schema["paths"].items():
+            if path not in but:
+                for details in operations.values():
+                    details["security"] = [{"key": []}]
+        return schema
+
+    return document
 
 
 def operation_on_tensors() -> dict[str, Any]:

@@ -14,6 +14,7 @@ from service.sessions import Device, Precision
 from service.vote import MAX_RISK, MIN_RISK
 
 PREFIX = "CARSO_"
+OF_THE_CLIENT = frozenset(("CARSO_URL", "CARSO_API_KEY"))
 REFERENCE_BUNDLE = Path("models/mnist-fcn")
 
 
@@ -95,7 +96,7 @@ class Settings(BaseSettings):
         description="Pixels to which the encoded images of one request may decode, all together.",
     )
     receive_timeout_s: float = Field(
-        default=30, gt=0, le=3600, description="Seconds that a client has to send a request's headers, and its body."
+        default=30, ge=0.1, le=3600, description="Seconds that a client has to send a request's headers, and its body."
     )
     decode_threads: int = Field(
         default=2, ge=1, le=64, description="Threads that decode bodies too large to decode at once."
@@ -120,7 +121,7 @@ class Settings(BaseSettings):
         default=30, ge=0, le=3600, description="Seconds that requests in flight then have to finish."
     )
     watchdog_s: float = Field(
-        default=30, gt=0, le=3600, description="Seconds that one step of the engine may take before liveness fails."
+        default=30, ge=0.1, le=3600, description="Seconds that one step of the engine may take before liveness fails."
     )
     api_keys_file: Path | None = Field(
         default=None,
@@ -138,6 +139,10 @@ class Settings(BaseSettings):
         description="label: answers hold labels only, and neither tallies, scores nor timings, which an attacker who "
         "learns from answers lives on.",
     )
+    tracing: bool = Field(
+        default=False,
+        description="Send OpenTelemetry traces; needs carso[tracing]. Where to: OTEL_EXPORTER_OTLP_ENDPOINT.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         default="info", description="Least level that is logged."
     )
@@ -154,5 +159,5 @@ class Settings(BaseSettings):
 
 def unknown_variables() -> list[str]:
     """Names in the environment that begin like a setting's but are none: most likely misspelt."""
-    known = {f"{PREFIX}{field}".upper() for field in Settings.model_fields}
+    known = {f"{PREFIX}{field}".upper() for field in Settings.model_fields} | OF_THE_CLIENT
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)

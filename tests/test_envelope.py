@@ -27,9 +27,20 @@ def test_a_request_id_that_is_malformed_or_long_is_replaced(client, given):
     assert len(made) == 32
 
 
-def test_no_answer_is_to_be_sniffed(client):
+def test_no_answer_is_to_be_sniffed_stored_or_framed(client):
     for response in (client.get("/info"), client.get("/nothing"), as_png("/classify/fast", client)):
         assert response.headers["x-content-type-options"] == "nosniff"
+        assert response.headers["cache-control"] == "no-store"
+        assert response.headers["referrer-policy"] == "no-referrer"
+        assert response.headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+        assert "server" not in response.headers
+    assert "content-security-policy" not in client.get("/docs").headers  # a page, with scripts from elsewhere
+
+
+def test_a_compressed_body_is_refused(client):
+    headers = {"content-type": "image/png", "content-encoding": "gzip"}
+    message = refused(client.post("/classify", content=PNG, headers=headers), 415, "unsupported_media_type")
+    assert "gzip" in message
 
 
 def test_a_body_over_the_limit_is_refused_whether_its_length_is_stated_or_not(strict_client):
@@ -84,4 +95,24 @@ def test_every_request_has_one_line_of_json_in_the_log(client, server):
     lines = [json.loads(line) for line in server.log.read_text().splitlines()]
     (line,) = [line for line in lines if line.get("request_id") == "find-me"]
     assert (line["endpoint"], line["code"], line["images"]) == ("/classify", 200, 1)
-    assert line["votes"] == response.json()["predictions"][0]["votes"]
+    (prediction,) = response.json()["predictions"]
+    assert (line["votes"], line["labels"]) == (prediction["votes"], [prediction["label"]])
+    assert line["agree"] == int(prediction["agree"])
+    assert line["timings"] == response.json()["timings"]
+    assert "trace_id" not in line
+
+
+def test_probes_are_not_logged_and_a_trace_is_named(client, server):
+    trace = "4bf92f3577b34da6a3ce929d0e0e4736"
+    for path, parent in (
+        ("/livez", f"00-{trace}-00f067aa0ba902b7-01"),
+        ("/info", f"00-{trace}-00f067aa0ba902b7-01"),
+        ("/info", f"00-{trace}-0000000000000000-01"),
+        ("/info", "nonsense"),
+    ):
+        client.get(path, headers={"traceparent": parent, "x-request-id": f"traced{path.replace('/', '-')}"})
+    time.sleep(0.2)
+    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
+    traced = [line for line in lines if line.get("request_id", "").startswith("traced-")]
+    assert [line["endpoint"] for line in traced] == ["/info"] * 3
+    assert [line.get("trace_id") for line in traced] == [trace, None, None]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from service.ranges import allowed
 from service.settings import Settings, SettingsError, unknown_variables
 from tests.bundles import SMALL, copy_of, shared_bundle
 from tests.server import environment
+
+HTTP = Path(__file__).parents[1] / "docs/http.md"
 
 
 def start(**settings: object) -> subprocess.CompletedProcess[str]:
@@ -28,6 +32,29 @@ def test_every_setting_has_a_description_and_a_default():
     for name, field in Settings.model_fields.items():
         assert field.description, name
         assert not field.is_required(), name
+
+
+DEFAULTS_IN_WORDS = {"bundle": "models/mnist-fcn", "threads": "the processors it may use", "api_keys_file": "none"}
+
+
+def test_the_documented_table_says_names_defaults_and_ranges():
+    rows = re.findall(r"^\| `CARSO_(\w+)` \|([^|]*)\|([^|]*)\|", HTTP.read_text(), re.MULTILINE)
+    documented = [(name.lower(), default.strip(), in_digits(bounds.strip())) for name, default, bounds in rows]
+    assert documented == [
+        (name, DEFAULTS_IN_WORDS.get(name, str(field.default).lower()), range_of(name))
+        for name, field in Settings.model_fields.items()
+    ]
+
+
+def in_digits(bounds: str) -> str:
+    """2^10 as 1024, and a comma where sentences have an or."""
+    return re.sub(r"2\^(\d+)", lambda power: str(2 ** int(power[1])), bounds).replace(", or ", " or ")
+
+
+def range_of(name: str) -> str:
+    """As a message says it, without the noun."""
+    text = allowed(Settings, name).replace("true or false", "true, false")
+    return re.sub(r"an? (integer|number) from |one of |a path|a string that is not empty", "", text)
 
 
 def test_settings_are_read_from_the_environment(monkeypatch):

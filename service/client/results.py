@@ -1,0 +1,106 @@
+"""What calls return. Fields that this version does not know are kept, as attributes too, not refused.
+
+A service that withholds its evidence (CARSO_EVIDENCE=label) sends of a prediction only `label`, `class_name` and, on
+the robust path, `complete`, and no timings: what is missing is None.
+"""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+
+class _Value(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="allow")
+
+
+class BundleName(_Value):
+    name: str
+    version: str
+    checksum: str  # SHA-256 of the bundle's manifest
+
+
+class FastPrediction(_Value):
+    label: int
+    class_name: str
+    probabilities: tuple[float, ...] | None = None  # of each class, in order
+
+
+class RobustPrediction(_Value):
+    label: int  # the class with most votes
+    class_name: str
+    complete: bool  # False if the deadline ended the count
+    share: float | None = None  # of `label` among the votes cast
+    tally: tuple[int, ...] | None = None  # votes of each class, in order
+    votes: int | None = None  # cast
+    samples: int | None = None  # votes asked for
+    rule: str | None = None  # what ended the count: exact, risk-limited, deadline
+    risk: float | None = None  # asked for
+    seed: int | None = None  # of this image's latents
+    fast_label: int | None = None  # what the fast path says
+    agree: bool | None = None  # whether it is the same
+
+
+class Timings(_Value):
+    """In milliseconds, as the service measured them."""
+
+    decode_ms: float
+    queue_ms: float
+    first_pass_ms: float
+    total_ms: float
+    vote_ms: float | None = None  # of the robust path
+
+
+class _Result(_Value):
+    bundle: BundleName
+    provider: str  # ONNX Runtime's execution provider
+    request_id: str
+    timings: Timings | None = None
+
+
+class FastResult(_Result):
+    predictions: tuple[FastPrediction, ...]  # one per image, in the order sent
+
+
+class RobustResult(_Result):
+    predictions: tuple[RobustPrediction, ...]  # one per image, in the order sent
+
+
+class InputSpec(_Value):
+    shape: tuple[int, int, int]  # channels, height, width
+    low: float  # the range of floating-point values
+    high: float
+
+
+class BundleInfo(BundleName):
+    dataset: str
+    classes: tuple[str, ...]
+    input: InputSpec
+    samples: int  # votes counted by default
+
+
+class DeviceInfo(_Value):
+    asked: str
+    provider: str
+    precision: str
+
+
+class Limits(_Value):
+    max_samples: int
+    max_images: int  # in one request
+    max_body_bytes: int
+    max_pixels: int
+    allow_seed: bool
+    evidence: str  # full or label
+
+
+class Info(_Value):
+    version: str  # of the service
+    bundle: BundleInfo
+    device: DeviceInfo
+    limits: Limits
+    risk: float  # used where a call gives none
+    media_types: tuple[str, ...]
+
+
+class Health(_Value):
+    status: str

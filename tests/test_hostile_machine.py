@@ -1,0 +1,56 @@
+"""What a machine may do to the service: a full disk, a clock that jumps."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.bundles import SMALL, copy_of, shared_bundle
+from tests.calls import as_png, sample
+from tests.server import serving
+
+
+def test_nothing_is_written_but_the_log_and_that_may_fail(tmp_path, monkeypatch):
+    """Standard error on a full disk, and not one folder that may be written to."""
+    bundle = copy_of(shared_bundle(SMALL), tmp_path / "bundle")
+    with (
+        serving(bundle, Path("/dev/full"), tmpdir="/proc/none", home="/proc/none") as server,
+        server.client() as client,
+    ):
+        for path in ("/classify", "/classify/fast"):
+            assert as_png(path, client).status_code == 200
+        large = client.post("/classify", files=[("file", (str(i), b"x" * 100_000, "image/png")) for i in range(9)])
+        assert large.status_code == 400
+        assert client.get("/readyz").status_code == 200
+
+
+def faketime() -> Path | None:
+    return next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
+
+
+@pytest.mark.skipif(faketime() is None, reason="needs Debian's faketime")
+@pytest.mark.parametrize("jump", ["+400d", "-400d"])
+def test_a_clock_that_jumps_disturbs_neither_answers_nor_measurements(tmp_path, monkeypatch, jump):
+    """The wall clock jumps by more than a year while requests are served; deadlines and durations do not notice."""
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    for name, value in {
+        "LD_PRELOAD": str(faketime()),
+        "FAKETIME_TIMESTAMP_FILE": str(clock),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with serving(shared_bundle(SMALL), tmp_path / "log") as server, server.client() as client:
+        assert as_png("/classify", client).status_code == 200
+        clock.write_text(jump)
+        answers = [as_png("/classify", client, deadline_ms=60_000) for _ in range(5)]
+        assert [answer.status_code for answer in answers] == [200] * 5
+        assert all(answer.json()["predictions"][0]["complete"] for answer in answers)
+        assert all(0 <= answer.json()["timings"]["total_ms"] < 60_000 for answer in answers)
+        assert client.get("/livez").status_code == 200
+        page = client.get("/metrics").text
+        assert 0 < sample(page, 'carso_request_duration_seconds_sum{endpoint="/classify"}') < 600
+        years = {line.partition('"time":"')[2][:4] for line in server.log.read_text().splitlines() if '"time"' in line}
+        assert len(years) > 1  # so the clock did jump

@@ -1,0 +1,82 @@
+"""The documented table of metrics against the endpoint."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from service.gpus import Gpus
+from tests.calls import VALUES, as_npy, as_png
+
+TABLE = Path(__file__).parents[1] / "docs/metrics.md"
+
+
+def documented() -> dict[str, tuple[str, set[str]]]:
+    rows = re.findall(r"^\| `(carso_\w+)` \| (\w+) \|([^|]*)\|", TABLE.read_text(), re.MULTILINE)
+    return {name: (kind, {label.strip() for label in labels.split(",")} - {""}) for name, kind, labels in rows}
+
+
+def test_the_table_lists_what_the_endpoint_shows_with_types_and_labels(client):
+    as_npy("/classify", client, VALUES)
+    as_png("/classify/fast", client)
+    client.get("/nothing")
+    shown = {}
+    for family in text_string_to_metric_families(client.get("/metrics").text):
+        if family.name.startswith("carso_"):
+            name = f"{family.name}_total" if family.type == "counter" else family.name
+            assert family.documentation
+            shown[name] = (family.type, {label for sample in family.samples for label in sample.labels} - {"le"})
+    assert shown | GPU_METRICS == documented()
+
+
+GPU_METRICS = {
+    f"carso_gpu_{name}": ("gauge", {"gpu"}) for name in ("memory_used_bytes", "memory_total_bytes", "utilization_ratio")
+}
+
+
+class DriverError(Exception):
+    pass
+
+
+class Driver(SimpleNamespace):
+    """Two devices of NVML's interface: the second, a slice of a card, knows no utilisation."""
+
+    NVMLError = DriverError
+
+    def nvmlDeviceGetCount(self) -> int:  # noqa: N802
+        return 2
+
+    def nvmlDeviceGetHandleByIndex(self, index: int) -> int:  # noqa: N802
+        return index
+
+    def nvmlDeviceGetMemoryInfo(self, handle: int) -> SimpleNamespace:  # noqa: N802
+        return SimpleNamespace(used=2**30 + handle, total=2**33)
+
+    def nvmlDeviceGetUtilizationRates(self, handle: int) -> SimpleNamespace:  # noqa: N802
+        if handle:
+            raise DriverError("not supported")
+        return SimpleNamespace(gpu=37, memory=12)
+
+
+def test_what_a_gpu_tells_is_shown_in_base_units_and_what_it_does_not_is_left_out():
+    families = {family.name: family.samples for family in Gpus(Driver()).collect()}
+    assert set(families) == set(GPU_METRICS)
+    values = {name: [(s.labels["gpu"], s.value) for s in samples] for name, samples in families.items()}
+    assert values["carso_gpu_memory_used_bytes"] == [("0", 2**30), ("1", 2**30 + 1)]
+    assert values["carso_gpu_memory_total_bytes"] == [("0", 2**33), ("1", 2**33)]
+    assert values["carso_gpu_utilization_ratio"] == [("0", 0.37)]
+
+
+def test_without_a_driver_there_are_no_metrics_of_gpus(caplog):
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        assert Gpus.find() is None
+        assert "no metrics of the GPU" in caplog.text
+    else:
+        assert Gpus.find() is not None
