@@ -20,7 +20,7 @@ Object = dict[str, Any]
 @cache
 def rendered(overlay: str) -> str:
     """What `kubectl apply -k` would apply. Raises RuntimeError."""
-    return _kustomize(ROOT / "k8s/overlays" / overlay)
+    return kustomized(ROOT / "k8s/overlays" / overlay)
 
 
 def rendered_with(overlay: str, components: tuple[str, ...], folder: Path) -> str:
@@ -34,14 +34,15 @@ def rendered_with(overlay: str, components: tuple[str, ...], folder: Path) -> st
         "components": [str(k8s / "components" / name) for name in components],
     }
     (folder / "kustomization.yaml").write_text(yaml.safe_dump(content))
-    return _kustomize(folder)
+    return kustomized(folder)
 
 
 def objects(content: str) -> list[Object]:
     return [found for found in yaml.safe_load_all(content) if found]
 
 
-def _kustomize(folder: Path) -> str:
+def kustomized(folder: Path) -> str:
+    """What is rendered out of a folder with a kustomization.yaml. Raises RuntimeError."""
     done = subprocess.run(["kubectl", "kustomize", folder], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from service import __version__
 from tests.deploy.containers import HARDENED, Container, docker, request, running
 
 ROOT = Path(__file__).parents[2]
@@ -143,7 +144,7 @@ def test_the_image_says_what_it_is() -> None:
     config = image["Config"]
     labels = {name.removeprefix("org.opencontainers.image."): value for name, value in config["Labels"].items()}
     assert labels["licenses"] == "Apache-2.0"
-    assert labels["version"] in (ROOT / "pyproject.toml").read_text()
+    assert labels["version"] == __version__
     assert len(labels["revision"]) == 40
     assert config["StopSignal"] == "SIGTERM"
     assert config["User"] == "10001:10001"
@@ -158,7 +159,7 @@ def test_nothing_that_builds_or_installs_is_in_it() -> None:
 
 @needs_cpu
 def test_only_the_runtime_differs_from_what_the_project_asks_for() -> None:
-    assert _complaints(CPU) == ["carso 0.1.0 requires onnxruntime-gpu, which is not installed."]
+    assert _complaints(CPU) == [f"carso {__version__} requires onnxruntime-gpu, which is not installed."]
 
 
 @needs_gpu
@@ -189,7 +190,7 @@ def test_the_gpu_image_refuses_to_start_without_a_gpu_and_can_be_told_to() -> No
 
 @needs_training
 def test_the_training_image_has_all_that_the_project_asks_for() -> None:
-    assert _complaints(TRAINING) == ["carso 0.1.0 requires onnxruntime-gpu, which is not installed."]
+    assert _complaints(TRAINING) == [f"carso {__version__} requires onnxruntime-gpu, which is not installed."]
 
 
 @needs_training
