@@ -18,7 +18,7 @@ pytest.importorskip("yaml", reason="pip install '.[deploy]'")
 import yaml
 
 from tests.deploy.containers import DOCKER, START_WITHIN, request
-from tests.deploy.manifests import OPTIONS, Object, objects, rendered_with
+from tests.deploy.manifests import Object, objects, rendered_with
 
 ROOT = Path(__file__).parents[2]
 ATTACKED = (ROOT / "docs/samples/2-pgd-0.30.png").read_bytes()
@@ -85,8 +85,8 @@ def podman() -> Iterator[Podman]:
 
 @pytest.fixture(scope="module")
 def pod(podman: Podman) -> Iterator[Pod]:
-    """One replica of the cpu overlay with API keys, its bundle copied in; the rest of Kubernetes is not here."""
-    found = objects(rendered_with("cpu", OPTIONS, podman.folder / "overlay"))
+    """One replica of the cpu overlay, with API keys; the rest of Kubernetes is not here."""
+    found = objects(rendered_with("cpu", ("api-keys",), podman.folder / "overlay"))
     (deployment,) = (each for each in found if each["kind"] == "Deployment")
     data = {"keys": b64encode(b"a-key-of-this-test-alone").decode()}
     keys = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "carso-api-keys"}, "data": data}
@@ -111,12 +111,10 @@ def _for_podman(deployment: Object) -> Object:
     """The same less what podman takes for something else: it publishes every port on the host, and it probes with
     curl, which the image does not have."""
     deployment["spec"]["replicas"] = 1
-    spec = deployment["spec"]["template"]["spec"]
-    (container,) = spec["containers"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
     for name in ("ports", "startupProbe", "readinessProbe", "livenessProbe"):
         del container[name]
-    for each in (container, *spec["initContainers"]):  # the image has a bundle where that component looks for one
-        each["image"] = f"localhost/{os.environ['DEPLOY_CPU_IMAGE']}"
+    container["image"] = f"localhost/{os.environ['DEPLOY_CPU_IMAGE']}"
     return deployment
 
 
