@@ -151,6 +151,12 @@ def test_the_image_says_what_it_is() -> None:
 
 
 @needs_cpu
+def test_onnx_runtime_is_told_to_send_nothing_home(container: Container) -> None:
+    assert "ORT_DISABLE_TELEMETRY=1" in container.run("cat", "/proc/1/environ").stdout.split("\0")
+    assert "telemetry" not in container.log().lower()
+
+
+@needs_cpu
 def test_nothing_that_builds_or_installs_is_in_it() -> None:
     tools = "gcc cc g++ make curl wget git uv hatch /opt/carso/bin/pip"
     script = f"for tool in {tools}; do command -v $tool; done; ls -d /root/.cache/* /src /dist /tmp/*"
