@@ -25,6 +25,18 @@ def test_nothing_is_written_but_the_log_and_that_may_fail(tmp_path, monkeypatch)
         assert client.get("/readyz").status_code == 200
 
 
+def test_the_runtime_below_reports_nothing(tmp_path, monkeypatch):
+    """Where ONNX Runtime sends usage data, it first writes an identifier of the machine into the home folder."""
+    home = tmp_path / "home"
+    home.mkdir()
+    for name in ("CI", "GITHUB_ACTIONS", "ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME"):  # it is silent there anyway
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(home))
+    with serving(shared_bundle(SMALL), tmp_path / "log") as server, server.client() as client:
+        assert as_png("/classify", client).status_code == 200
+    assert list(home.rglob("*")) == []
+
+
 def faketime() -> Path | None:
     return next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 
