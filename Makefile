@@ -3,10 +3,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: help run test train check format clean
+.PHONY: help run test train check deploy-check format clean
 
 help:  ## list the targets
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 16
 
 .venv/serve: pyproject.toml
 	$(PYTHON) -m venv .venv
@@ -29,6 +29,9 @@ train: .venv/dev  ## train the reference system into runs/mnist-fcn (an hour on 
 
 check: .venv/dev  ## run all that CI runs: lint, types, tests
 	.ci/run
+
+deploy-check: .venv/dev  ## build and run every deployment artefact (root on Debian 12)
+	tests/deploy/run
 
 format: .venv/dev  ## format the code
 	$(BIN)/ruff format .
