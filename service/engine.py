@@ -7,6 +7,7 @@ import logging
 import math
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from queue import Empty, SimpleQueue
 from typing import get_args
@@ -16,6 +17,8 @@ from service.pipeline import Job, Path, Pipeline, Step
 
 log = logging.getLogger(__name__)
 
+STOP_TIMEOUT = 2.0  # seconds; a step takes milliseconds
+
 
 class EngineError(Exception):
     """The engine's thread has failed or was stopped; this job was not finished, and none will be."""
@@ -23,6 +26,10 @@ class EngineError(Exception):
 
 class EngineStopped(EngineError):  # noqa: N818  asked for, not a fault
     """It was stopped in good order."""
+
+
+class EngineDead(EngineError):  # noqa: N818  a state, told to those who come later
+    """It has failed before this job came, and takes none."""
 
 
 class Engine:
@@ -44,9 +51,11 @@ class Engine:
         self._arriving: list[Job] = []  # in this turn of the event loop; handed over together at its end
         self._arrivals: SimpleQueue[list[Job] | None] = SimpleQueue()  # None: stop
         self._futures: dict[Job, asyncio.Future[None]] = {}  # jobs in flight; touched by the event loop only
+        self._finished: deque[Job] = deque()  # robust ones whose answers wait for their turn; likewise
         self._failure: BaseException | None = None
         self._stopped = False
-        self._working_since: float | None = None  # on the clock of time.monotonic; None: nothing to do
+        self._busy = False  # the thread is in a step, or between two
+        self._progress = 0.0  # when a step last ended, or work last came to an idle engine; clock of time.monotonic
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="carso-engine", daemon=True)
 
@@ -55,13 +64,18 @@ class Engine:
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
-    async def stop(self) -> None:
-        """End the thread after the round it is in; jobs still in flight fail with EngineStopped."""
+    async def stop(self, *, timeout: float = STOP_TIMEOUT) -> None:
+        """End the thread after the step it is in; jobs still in flight fail with EngineStopped.
+
+        A thread that is stuck in a step for longer than `timeout` seconds is left behind: the process can exit.
+        """
         self._stopped = True
         if self._thread.ident is None:
             return
         self._arrivals.put(None)
-        await asyncio.to_thread(self._thread.join)
+        await asyncio.to_thread(self._thread.join, timeout)
+        if self._thread.is_alive():
+            log.error("the engine has been in one step for %g s, and is left behind", timeout)
         self.abandon()
 
     def abandon(self) -> None:
@@ -73,9 +87,8 @@ class Engine:
         return self._thread.is_alive() and self._failure is None and not self._stopped
 
     def stalled(self, seconds: float) -> bool:
-        """Whether the thread has been in one step for longer than that."""
-        since = self._working_since
-        return since is not None and time.monotonic() - since > seconds
+        """Whether there is work and no step has ended for longer than that, even if nobody waits for it any more."""
+        return bool(self._busy or self._futures) and time.monotonic() - self._progress > seconds
 
     @property
     def in_flight(self) -> int:
@@ -89,13 +102,15 @@ class Engine:
     async def run(self, job: Job) -> Job:
         """Give `job` to the pipeline and return it finished.
 
-        If the awaiting task is cancelled, the job's elections leave at the next round. Raises EngineError,
-        QueueFull.
+        If the awaiting task is cancelled, the job's elections leave at the next round. Raises QueueFull, EngineStopped,
+        EngineDead, and EngineError if the engine fails meanwhile.
         """
         if not self.alive or self._loop is None:
-            kind = EngineStopped if self._stopped else EngineError
+            kind = EngineDead if self._failure else EngineStopped
             raise kind(f"the engine is not running: {self._failure or 'stopped'}")
         self.admission[job.path].admit(job.rows)
+        if not self._futures and not self._busy:
+            self._progress = time.monotonic()
         future = self._futures[job] = self._loop.create_future()
         if not self._arriving:
             self._loop.call_soon(self._hand_over)  # one wake-up of the engine for all that this turn brings
@@ -103,7 +118,7 @@ class Engine:
         try:
             await future
         finally:
-            job.cancelled = not future.done() or future.cancelled()
+            job.cancelled = job.cancelled or not future.done() or future.cancelled()
             self._futures.pop(job, None)
         return job
 
@@ -114,18 +129,19 @@ class Engine:
     def _run(self) -> None:
         try:
             while self._take_arrivals():
+                self._busy = True
                 for work in (self._pipeline.first_passes, self._pipeline.round):
-                    self._working_since = time.monotonic()
                     step = work()
+                    self._progress = time.monotonic()
                     for path, admission in self.admission.items():
                         admission.settle(step.settled[path], seconds=step.seconds)
                     self._observe(step)
                     if step.finished:  # the fast path's answers leave before the round
-                        self._call(self._resolve, step.finished)
-                self._working_since = None
+                        self._call(self._deliver, step.finished)
+                self._busy = self._pipeline.busy
         except BaseException as e:
-            log.exception("the engine thread failed")
             self._failure = e
+            log.exception("the engine thread failed")
             self._call(self._fail_all, EngineError(f"the engine thread failed: {e}"))
 
     def _take_arrivals(self) -> bool:
@@ -149,13 +165,35 @@ class Engine:
         except RuntimeError:  # the loop is closed: nobody is left to tell
             log.warning("the event loop ended before the engine")
 
-    def _resolve(self, jobs: list[Job]) -> None:
+    def _deliver(self, jobs: list[Job]) -> None:
+        """Fast answers at once; robust ones, of which a round may end many, one in each turn of the event loop.
+
+        Else the requests that arrive meanwhile would wait until all of them are written.
+        """
+        idle = not self._finished
         for job in jobs:
-            future = self._futures.get(job)
-            if future is not None and not future.done():
-                future.set_result(None)
+            if job.path == "fast":
+                self._resolve(job)
+            else:
+                self._finished.append(job)
+        if idle and self._finished:
+            self._deliver_next()
+
+    def _deliver_next(self) -> None:
+        if self._finished:  # else they went with a stop
+            self._resolve(self._finished.popleft())
+        if self._finished and self._loop is not None:
+            self._loop.call_soon(self._deliver_next)
+
+    def _resolve(self, job: Job) -> None:
+        future = self._futures.get(job)
+        if future is not None and not future.done():
+            future.set_result(None)
 
     def _fail_all(self, error: EngineError) -> None:
-        for future in self._futures.values():
+        while self._finished:
+            self._resolve(self._finished.popleft())
+        for job, future in self._futures.items():
             if not future.done():
+                job.cancelled = True
                 future.set_exception(error)

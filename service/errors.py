@@ -21,7 +21,7 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import Response
 
 from service.admission import QueueFull
-from service.engine import EngineError, EngineStopped
+from service.engine import EngineDead, EngineError, EngineStopped
 
 
 class RequestError(Exception):
@@ -178,7 +178,7 @@ class InternalError(RequestError, status=500):
 
 
 class EngineFailed(RequestError, status=500):
-    """The engine has failed while it had this request, or before."""
+    """The engine has failed while it had this request."""
 
 
 class NotReady(RequestError, status=503, headers={"retry-after": "1"}):
@@ -200,6 +200,8 @@ def as_request_error(error: Exception) -> RequestError:
             return Overloaded(str(error), retry_after=math.ceil(error.wait))
         case EngineStopped():
             return NotReady("the service is stopping: send this request again, to another replica if any")
+        case EngineDead():
+            return NotReady("the engine of this process is dead: send this request again, to another replica if any")
         case EngineError():
             return EngineFailed(
                 "the engine failed before this request was done: send it again, to another replica if any"

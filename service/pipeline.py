@@ -25,6 +25,9 @@ from service.vote import Rule, StoppingRule
 Path = Literal["fast", "robust"]
 Spared = Literal["early_stop", "deadline", "cancelled"]  # why votes that were asked for were not cast
 
+# Rows that an image of the robust path is priced at, at least: it holds memory however few votes it asks for.
+LEAST_PRICE = 64
+
 SEED_BITS = 53
 MAX_SEED = 2**SEED_BITS - 1  # the largest integer that every JSON reader keeps exact
 
@@ -36,6 +39,11 @@ class Ballot:
     samples: int  # votes to count at most
     risk: float  # 0: exact
     seed: int | None = None  # None: a fresh one per image, from the operating system
+
+    @property
+    def price(self) -> int:
+        """Rows of work that an image is taken to owe: its first pass and its votes, or LEAST_PRICE."""
+        return max(1 + self.samples, LEAST_PRICE)
 
 
 @dataclass(slots=True)
@@ -80,8 +88,8 @@ class Job:
 
     @property
     def rows(self) -> int:
-        """Rows of work it may need at most: first passes and votes."""
-        return len(self.images) * (1 + (self.ballot.samples if self.ballot else 0))
+        """Rows of work that it owes when it comes."""
+        return len(self.images) * (self.ballot.price if self.ballot else 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,20 +156,23 @@ class Pipeline:
         self.classes = classes
         self.round_rows = round_rows
         self._latents = Latents()
-        self._waiting: deque[Job] = deque()  # for their first pass
+        self._waiting: dict[Path, deque[Job]] = {"fast": deque(), "robust": deque()}  # for their first pass
         self._open: deque[_Election] = deque()
+        self._voting: set[Job] = set()  # whose elections are open
         self._settled: Counter[Path] = Counter()  # in this step, as Step's
         self._spared: Counter[Spared] = Counter()
 
     @property
     def busy(self) -> bool:
-        return bool(self._waiting or self._open)
+        return bool(self._open or any(self._waiting.values()))
 
     def admit(self, jobs: Iterable[Job]) -> None:
-        self._waiting.extend(jobs)
+        for job in jobs:
+            self._waiting[job.path].append(job)
 
     def first_passes(self) -> Step:
-        """The first passes of waiting jobs: as many as fit into one batch; a larger job goes alone, in parts."""
+        """The first passes of waiting jobs, those of the fast path before the others: as many as fit into one batch; a
+        larger job goes alone, in parts."""
         began = time.monotonic()
         finished: list[Job] = []
         images = self._first_passes(finished)
@@ -209,10 +220,12 @@ class Pipeline:
     def _first_passes(self, finished: list[Job]) -> int:
         batch: list[Job] = []
         size = 0
-        while self._waiting and (not batch or size + len(self._waiting[0].images) <= self.round_rows):
-            job = self._waiting.popleft()
+        while waiting := self._waiting["fast"] or self._waiting["robust"]:
+            if batch and size + len(waiting[0].images) > self.round_rows:
+                break
+            job = waiting.popleft()
             if job.cancelled:
-                self._settled[job.path] += len(job.images)
+                self._settle_first_passes(job)
                 if job.ballot is not None:
                     self._spare(len(job.images) * job.ballot.samples, "cancelled")
                 finished.append(job)
@@ -239,7 +252,7 @@ class Pipeline:
             offset = own.stop
             job.started, job.first_pass_done = started, done
             job.probabilities = probabilities[own]
-            self._settled[job.path] += len(job.images)
+            self._settle_first_passes(job)
             if job.ballot is None:
                 finished.append(job)
             else:
@@ -250,6 +263,7 @@ class Pipeline:
         rule = StoppingRule(ballot.samples, self.classes, ballot.risk)
         job.outcomes = [None] * len(codes)
         job.open = len(codes)
+        self._voting.add(job)
         for image, (code, label) in enumerate(zip(codes, expected, strict=True)):
             seed = secrets.randbits(SEED_BITS) if ballot.seed is None else ballot.seed
             tally = [0] * self.classes
@@ -274,8 +288,7 @@ class Pipeline:
             if rule := election.count(ballot, cast=cast):
                 self._spare(election.rule.samples - election.cast, "early_stop")
                 election.end(rule)
-                if not election.job.open:
-                    finished.append(election.job)
+                self._leave(election.job, finished)
             else:
                 self._open.append(election)
         return rows, len(elections)
@@ -283,22 +296,34 @@ class Pipeline:
     def _dismiss(self, finished: list[Job]) -> None:
         """Drop the elections of cancelled jobs and end those past their deadline: of the whole queue, not in turn."""
         now = time.monotonic()
+        leaving = {job for job in self._voting if job.cancelled or (job.deadline is not None and now >= job.deadline)}
+        if not leaving:
+            return
         staying: deque[_Election] = deque()
         for election in self._open:
             job = election.job
-            to_come = election.rule.samples - election.cast
-            if job.cancelled:
-                job.open -= 1
-                self._spare(to_come, "cancelled")
-            elif job.deadline is not None and now >= job.deadline:
-                election.end("deadline")
-                self._spare(to_come, "deadline")
-            else:
+            if job not in leaving:
                 staying.append(election)
                 continue
-            if not job.open:
-                finished.append(job)
+            reason: Literal["cancelled", "deadline"] = "cancelled" if job.cancelled else "deadline"
+            self._spare(election.rule.samples - election.cast, reason)
+            if reason == "deadline":
+                election.end("deadline")
+            else:
+                job.open -= 1
+            self._leave(job, finished)
         self._open = staying
+
+    def _leave(self, job: Job, finished: list[Job]) -> None:
+        """After the end of one of its elections."""
+        if not job.open:
+            self._voting.remove(job)
+            finished.append(job)
+
+    def _settle_first_passes(self, job: Job) -> None:
+        """What is then owed of a robust job are its votes, whatever it was priced at."""
+        votes = len(job.images) * job.ballot.samples if job.ballot else 0
+        self._settled[job.path] += job.rows - votes
 
     def _spare(self, votes: int, reason: Spared) -> None:
         self._settled["robust"] += votes

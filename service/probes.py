@@ -11,7 +11,7 @@ class Probes:
     """Loading and the self-test were over before the port was opened; these look at what can change since."""
 
     def __init__(self, engine: Engine, lifecycle: Lifecycle, *, watchdog: float) -> None:
-        """`watchdog`: seconds that one step of the engine may take."""
+        """`watchdog`: seconds that may go by with work in flight and no step of the engine's ended."""
         self._engine = engine
         self._lifecycle = lifecycle
         self._watchdog = watchdog
@@ -21,11 +21,10 @@ class Probes:
         if not self._engine.alive:
             raise NotReady("the engine is not running: restart this process, and see its log for the reason")
         if self._engine.stalled(self._watchdog):
-            raise NotReady(f"the engine has been in one step for more than {self._watchdog:g} s: restart this process")
+            raise NotReady(f"the engine has work and did none for {self._watchdog:g} s: restart this process")
 
     def ready(self) -> None:
         """Raise NotReady if requests should go elsewhere."""
         if self._lifecycle.draining:
             raise NotReady("this process is stopping: send requests to another replica")
-        if not self._engine.alive:
-            raise NotReady("the engine is not running: restart this process, and see its log for the reason")
+        self.live()

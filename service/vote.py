@@ -61,7 +61,7 @@ class _Leads:
         return entries[runner_up]
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=128)  # two for each risk, which callers may choose: bounded, for a table holds up to 0.2 MB
 def _leads(risk: float) -> _Leads:
     return _Leads(risk)
 

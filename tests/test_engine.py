@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 
 from service.bundle import Bundle
-from service.engine import Engine, EngineError
+from service.engine import Engine, EngineDead, EngineError, EngineStopped
+from service.errors import NotReady
 from service.pipeline import Ballot, Job, Pipeline, Step
+from service.probes import Probes
+from service.server import Lifecycle
 from service.sessions import Sessions
 from tests.bundles import SMALL, random_images, shared_bundle
 
@@ -148,7 +151,7 @@ async def test_a_device_that_fails_mid_round_fails_every_job_in_flight_and_every
     assert all("CUDA error 700" in str(answer) for answer in failed)
     assert not engine.alive
     assert engine.in_flight == 0
-    with pytest.raises(EngineError, match="CUDA error 700"):
+    with pytest.raises(EngineDead, match="CUDA error 700"):
         await asyncio.wait_for(engine.run(Job(IMAGES[:1])), TIMEOUT)
     await asyncio.wait_for(engine.stop(), TIMEOUT)
 
@@ -184,3 +187,87 @@ async def test_every_step_is_observed(engine, steps):
     job = await engine.run(Job(IMAGES, Ballot(samples=1500, risk=1e-3, seed=5)))
     assert sum(step.rows for step in steps) == sum(outcome.votes for outcome in job.outcomes)
     assert sum(step.first_passes for step in steps) == len(IMAGES)
+
+
+async def test_the_event_loop_goes_on_between_the_answers_of_one_round(engine, steps):
+    turns = 0
+    ended = []
+    over = False
+
+    def turn() -> None:
+        nonlocal turns
+        turns += 1
+        if not over:
+            asyncio.get_running_loop().call_soon(turn)
+
+    async def ask(image: int) -> None:
+        await engine.run(Job(IMAGES[[image]], Ballot(samples=1, risk=0, seed=image)))
+        ended.append(turns)
+
+    turn()
+    await asyncio.wait_for(asyncio.gather(*map(ask, range(8))), TIMEOUT)
+    over = True
+    assert max(len(step.finished) for step in steps) == 8
+    assert len(set(ended)) == 8
+
+
+async def test_jobs_that_are_done_are_answered_even_if_the_engine_is_abandoned_meanwhile(engine, steps):
+    jobs = [Job(IMAGES[[image]], Ballot(samples=1, risk=0, seed=image)) for image in range(8)]
+    endless = Job(IMAGES[:1], ENDLESS)
+    unanswered = asyncio.create_task(engine.run(endless))
+    tasks = [asyncio.create_task(engine.run(job)) for job in jobs]
+    await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    engine.abandon()
+    assert await asyncio.wait_for(asyncio.gather(*tasks), TIMEOUT) == jobs
+    with pytest.raises(EngineStopped):
+        await unanswered
+    await rounds_went_by(steps, 2)
+    assert endless in [job for step in steps for job in step.finished]  # and costs no more rows
+
+
+# --- the watchdog -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+async def stuck(pipeline) -> AsyncIterator[Engine]:
+    """In a step that does not end, and with nobody who waits for it any more."""
+    release = threading.Event()
+    engine = Engine(pipeline, observe=lambda step: release.wait(60) and None)
+    engine.start()
+    await asyncio.sleep(0.1)
+    assert not engine.stalled(0.05)  # idle is not stalled
+    with pytest.raises(TimeoutError):
+        await asyncio.wait_for(engine.run(Job(IMAGES[:1])), 0.2)
+    yield engine
+    release.set()
+    await asyncio.wait_for(engine.stop(), TIMEOUT)
+
+
+async def test_the_watchdog_sees_a_step_that_does_not_end_whether_or_not_somebody_waits(stuck):
+    assert stuck.stalled(0.1)
+    assert not stuck.stalled(60)
+    waiting = asyncio.create_task(stuck.run(Job(IMAGES[:1])))
+    await asyncio.sleep(0)
+    assert stuck.stalled(0.1)
+    waiting.cancel()
+    probes = Probes(stuck, Lifecycle(), watchdog=0.1)
+    for probe in (probes.live, probes.ready):
+        with pytest.raises(NotReady, match=r"did none for 0\.1 s"):
+            probe()
+
+
+async def test_the_watchdog_is_content_with_an_engine_that_works(engine, steps):
+    election = asyncio.create_task(engine.run(Job(IMAGES, ENDLESS)))
+    await rounds_went_by(steps, 20)
+    assert not engine.stalled(1)
+    election.cancel()
+    await asyncio.sleep(0.3)
+    assert not engine.stalled(0.1)
+
+
+async def test_an_engine_that_is_stuck_does_not_keep_the_process_from_stopping(stuck):
+    waiting = asyncio.create_task(stuck.run(Job(IMAGES[:1])))
+    await asyncio.sleep(0)
+    await asyncio.wait_for(stuck.stop(timeout=0.1), TIMEOUT)
+    with pytest.raises(EngineStopped):
+        await waiting

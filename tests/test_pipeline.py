@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable
 
 import numpy as np
 import pytest
 
 from service.bundle import Bundle
-from service.pipeline import MAX_SEED, Ballot, Job, Outcome, Pipeline, Step
+from service.pipeline import LEAST_PRICE, MAX_SEED, Ballot, Job, Outcome, Pipeline, Step
 from service.sessions import Sessions
 from service.vote import LARGEST_BALLOT
 from tests.bundles import SMALL, random_images, shared_bundle
@@ -298,6 +299,36 @@ def test_a_deadline_that_is_past_at_the_start_leaves_an_empty_tally(pipeline):
     assert job.probabilities is not None  # the fast path's answer is there all the same
 
 
+def test_first_passes_of_the_fast_path_go_ahead_of_all_others_that_wait(sessions):
+    pipeline = pipeline_of(sessions, round_rows=len(IMAGES))
+    fast = Job(IMAGES[:3])
+    pipeline.admit([*(Job(IMAGES, ballot()) for _ in range(10)), fast])
+    assert pipeline.first_passes().finished == [fast]
+
+
+# --- what is owed -----------------------------------------------------------------------------------------------------
+
+
 def test_the_rows_of_a_job_are_its_first_passes_and_the_votes_it_may_need():
     assert Job(IMAGES[:3]).rows == 3
     assert Job(IMAGES[:3], ballot(samples=1500)).rows == 3 * 1501
+
+
+def test_images_that_ask_for_few_votes_are_priced_at_some_rows_as_they_take_memory_all_the_same():
+    assert Job(IMAGES[:3], ballot(samples=1)).rows == 3 * LEAST_PRICE
+
+
+@pytest.mark.parametrize("samples", [1, 40, 200])
+@pytest.mark.parametrize("leaves", ["answered", "late", "cancelled before", "cancelled after"])
+def test_all_that_a_job_owes_is_settled_once_however_it_leaves(pipeline, samples, leaves):
+    job = Job(IMAGES, ballot(samples=samples, risk=0))
+    fast = Job(IMAGES[:5])
+    job.cancelled = leaves == "cancelled before"
+    job.deadline = 0.0 if leaves == "late" else None
+    pipeline.admit([job, fast])
+    steps = [pipeline.first_passes()]
+    job.cancelled = leaves.startswith("cancelled")
+    steps += run(pipeline)
+    assert sum((step.settled for step in steps), Counter()) == {"robust": job.rows, "fast": fast.rows}
+    voted = sum(step.rows for step in steps)
+    assert sum(sum(step.spared.values()) for step in steps) == len(IMAGES) * samples - voted
