@@ -126,9 +126,8 @@ def _for_podman(deployment: Object) -> Object:
     """The same less what podman takes for something else: it publishes every port on the host, and it probes with
     curl, which the image does not have. And it is told to keep init containers, as Kubernetes does."""
     deployment["spec"]["replicas"] = 1
-    template = deployment["spec"]["template"]
-    template["metadata"]["annotations"] = {"io.podman.annotations.init.container.type": "always"}
-    spec = template["spec"]
+    deployment["metadata"]["annotations"] = {"io.podman.annotations.init.container.type": "always"}
+    spec = deployment["spec"]["template"]["spec"]
     (container,), (copier,) = spec["containers"], spec["initContainers"]
     for name in ("ports", "startupProbe", "readinessProbe", "livenessProbe"):
         del container[name]
