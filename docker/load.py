@@ -1,7 +1,7 @@
 """Send digits to both paths for ever, so that a dashboard has something to show. Standard library only.
 
-Most are clean. For one minute of every three, a third of those that go to the robust path are attacked ones, as if
-somebody were at work: the share of disagreement rises, and more votes are counted.
+Most are clean. For the first third of every period, a third of those that go to the robust path are attacked ones, as
+if somebody were at work: the share of disagreement rises, and more votes are counted.
 """
 
 # ruff: noqa: S311, T201  the dice are for traffic, and what is printed is the container's log
@@ -15,7 +15,7 @@ import threading
 import time
 from pathlib import Path
 
-PERIOD, ATTACK, SHARE = 180, 60, 1 / 3  # seconds, seconds, of the robust requests meanwhile
+ATTACK, SHARE = 1 / 3, 1 / 3  # of the period, and of the robust requests meanwhile
 PAUSE = 0.05  # seconds between two requests of a caller
 
 
@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("--host", default="localhost")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--digits", type=Path, default=Path("docs/samples"))
+    parser.add_argument("--period", type=float, default=180, help="seconds")
     parser.add_argument("--callers", type=int, default=4)
     options = parser.parse_args()
     clean, attacked = (
@@ -31,16 +32,16 @@ def main() -> None:
     )
     for number in range(options.callers):
         path = "/classify" if number % 2 == 0 else "/classify/fast"
-        arguments = (options.host, options.port, path, clean, attacked)
+        arguments = (options.host, options.port, path, clean, attacked, options.period)
         threading.Thread(target=call, args=arguments, daemon=True).start()
     threading.Event().wait()
 
 
-def call(host: str, port: int, path: str, clean: list[bytes], attacked: list[bytes]) -> None:
+def call(host: str, port: int, path: str, clean: list[bytes], attacked: list[bytes], period: float) -> None:
     """One caller on one connection, which is opened anew after a failure."""
     connection = http.client.HTTPConnection(host, port, timeout=10)
     while True:
-        under_attack = path == "/classify" and time.time() % PERIOD < ATTACK and random.random() < SHARE
+        under_attack = path == "/classify" and time.time() / period % 1 < ATTACK and random.random() < SHARE
         body = random.choice(attacked if under_attack else clean)
         try:
             connection.request("POST", path, body, {"Content-Type": "image/png"})

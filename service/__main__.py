@@ -4,18 +4,10 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import signal
 import sys
-
-import uvicorn
-
-from service import logs
-from service.app import create_app
-from service.bundle import BundleError
-from service.protocol import bounded
-from service.server import Server
-from service.sessions import DeviceError
-from service.settings import Settings, SettingsError, unknown_variables
+from types import FrameType
 
 log = logging.getLogger("service")
 
@@ -28,7 +20,33 @@ KEEP_ALIVE = 75
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT. Exits with 2 for a bad setting, 1 for a bundle or device that cannot be used."""
+    """Serve until SIGTERM or SIGINT. Exits with 2 for a bad setting, 1 for a bundle or device that cannot be used.
+
+    A signal that comes before the server takes over ends the process at once, with 0: nothing is in flight.
+    """
+    # Before the imports, which take most of the start: of the first process of a container, the kernel drops a signal
+    # that has no handler, and the container would go on to serve.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _leave)
+    _serve()
+
+
+def _leave(number: int, frame: FrameType | None) -> None:
+    # not SystemExit, which whatever is being loaded could swallow
+    os._exit(0)
+
+
+def _serve() -> None:
+    import uvicorn
+
+    from service import logs
+    from service.app import create_app
+    from service.bundle import BundleError
+    from service.protocol import bounded
+    from service.server import Server
+    from service.sessions import DeviceError
+    from service.settings import Settings, SettingsError, unknown_variables
+
     try:
         settings = Settings.read()
         logs.configure(settings.log_level)
@@ -40,9 +58,6 @@ def main() -> None:
     except (BundleError, DeviceError) as e:
         _exit(e, CANNOT_START)
     _settle()
-    # uvicorn raises the signal that ended it once more; by then all is done
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     config = uvicorn.Config(
         app,
         host=settings.host,
@@ -60,7 +75,7 @@ def main() -> None:
         abandon=app.state.engine.abandon,
         delay=settings.drain_delay_s,
         timeout=settings.drain_timeout_s,
-    ).run()
+    ).run()  # raises the signal that ended it once more; by then all is done
 
 
 def _settle() -> None:

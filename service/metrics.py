@@ -54,7 +54,7 @@ class Metrics:
         self._duration = Histogram(
             "carso_request_duration_seconds",
             "From a request's arrival to the end of its answer.",
-            ["endpoint"],
+            ["endpoint", "code"],
             buckets=SECONDS,
             registry=registry,
         )
@@ -169,7 +169,7 @@ class Metrics:
         if (series := self._series.get((endpoint, code))) is None:
             series = self._series[endpoint, code] = (
                 self._requests.labels(endpoint, code),
-                self._duration.labels(endpoint),
+                self._duration.labels(endpoint, code),
             )
         return series
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -15,7 +17,8 @@ from service.pipeline import Pipeline
 from service.settings import Settings, SettingsError
 from tests.bundles import SMALL, random_images, shared_bundle
 from tests.calls import VALUES, as_npy, as_png
-from tests.server import serving
+from tests.server import environment, free_port, serving
+from tests.signals import catches
 
 
 def test_a_restart_under_load_loses_no_request(tmp_path):
@@ -66,6 +69,21 @@ def test_what_does_not_finish_in_time_is_told_so(tmp_path):
         assert (answer.status_code, answer.json()["error"]) == (503, "not_ready")
         assert answer.headers["retry-after"] == "1"
         assert server.process.wait(30) == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_it_loads_ends_it_at_once(tmp_path, number):
+    with (tmp_path / "log").open("wb") as log:
+        variables = environment(bundle=shared_bundle(SMALL), port=free_port(), device="cpu")
+        process = subprocess.Popen([sys.executable, "-m", "service"], env=variables, stderr=log)
+    try:
+        while not catches(process.pid, signal.SIGTERM):  # the second one that it takes care of
+            assert process.poll() is None
+        process.send_signal(number)
+        assert process.wait(5) == 0
+    finally:
+        process.kill()
+    assert (tmp_path / "log").read_text() == ""
 
 
 async def test_an_engine_that_fails_in_a_round_fails_requests_and_liveness(monkeypatch):

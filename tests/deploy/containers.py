@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import http.client
 import json
-import os
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -12,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-DOCKER = os.environ.get("DOCKER", "docker")
 PORT = 8000
 IMAGE = {"Content-Type": "image/png"}
 START_WITHIN = 120  # seconds: test machines may be busy
@@ -23,7 +21,7 @@ HARDENED = ("--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges",
 
 def docker(*arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run the docker client. Raises RuntimeError with what it said, if `check`."""
-    done = subprocess.run([DOCKER, *arguments], capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["docker", *arguments], capture_output=True, text=True, timeout=300)
     if check and done.returncode:
         raise RuntimeError(f"docker {' '.join(arguments)}: {done.stderr or done.stdout}")
     return done

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,9 @@ import yaml
 
 ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
-OPTIONS = ("api-keys", "bundle")  # components that no overlay has
+OPTIONS = (("api-keys", "bundle"), ("api-keys", "bundle-volume"))  # components that no overlay has
+
+KSERVE_FIELDS = {"minReplicas"}  # of a predictor, beside those of a pod
 
 Object = dict[str, Any]
 
@@ -39,6 +42,16 @@ def rendered_with(overlay: str, components: tuple[str, ...], folder: Path) -> st
 
 def objects(content: str) -> list[Object]:
     return [found for found in yaml.safe_load_all(content) if found]
+
+
+def pod_specs(found: list[Object]) -> Iterator[Object]:
+    """Those of Deployments, and of InferenceServices less what is KServe's own."""
+    for each in found:
+        if each["kind"] == "Deployment":
+            yield each["spec"]["template"]["spec"]
+        elif each["kind"] == "InferenceService":
+            predictor = each["spec"]["predictor"]
+            yield {name: value for name, value in predictor.items() if name not in KSERVE_FIELDS}
 
 
 def kustomized(folder: Path) -> str:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -21,17 +23,36 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCKS: dict[str, tuple[list[str], dict[str, str]]] = {
     "cpu": ([], {"onnxruntime-gpu": "onnxruntime"}),
     "gpu": (["cuda"], {}),
-    "training": (["train"], {"onnxruntime-gpu": "onnxruntime", "torch": ""}),  # torch is in the Dockerfile
+    "training": (["train"], {"onnxruntime-gpu": "onnxruntime"}),
 }
 
 
 def locked(name: str) -> dict[str, str]:
-    """Versions by package."""
-    return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / f"docker/requirements-{name}.txt").read_text(), re.MULTILINE))
+    """Versions by package, less what says how one was built (+cpu)."""
+    return dict(
+        re.findall(r"^([\w-]+)==([^\s+]+)", (ROOT / f"docker/requirements-{name}.txt").read_text(), re.MULTILINE)
+    )
 
 
 def pinned() -> dict[str, str]:
     return dict(re.findall(r"^([\w-]+)==(\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+
+
+needs_compose = pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is missing")
+
+
+def composed(*files: str, **variables: str) -> dict[str, Any]:
+    """The files as compose 1.29 reads them together."""
+    command = [
+        "docker-compose",
+        *(option for file in files for option in ("--file", file)),
+        "--profile",
+        "load",
+        "config",
+    ]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | variables, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
 
 
 @pytest.mark.skipif(shutil.which("hadolint") is None, reason="pip install '.[deploy]'")
@@ -46,7 +67,7 @@ def test_a_lock_holds_what_the_project_asks_for(name: str) -> None:
     extras, instead = LOCKS[name]
     asked = [*PROJECT["dependencies"], *(each for extra in extras for each in PROJECT["optional-dependencies"][extra])]
     names = {re.match(r"[\w-]+", each)[0] for each in asked}
-    assert {instead.get(each, each) for each in names} - {""} <= set(locked(name))
+    assert {instead.get(each, each) for each in names} <= set(locked(name))
     assert not set(instead) & set(locked(name))
 
 
@@ -56,8 +77,21 @@ def test_a_lock_has_the_versions_that_the_tests_run_with(name: str) -> None:
     assert {package: version for package, version in locked(name).items() if package in pins}.items() <= pins.items()
 
 
-def test_the_training_image_has_the_torch_that_the_tests_run_with() -> None:
-    assert re.search(r"ARG TORCH=(\S+)\+cpu", DOCKERFILE)[1] == pinned()["torch"]
+@pytest.mark.parametrize("name", [*LOCKS, "build"])
+def test_every_file_of_a_lock_is_known_by_its_hash(name: str) -> None:
+    lock = (ROOT / f"docker/requirements-{name}.txt").read_text()
+    for package in re.split(r"\n(?=\w)", lock.partition("docker/lock\n")[2]):
+        assert "--hash=sha256:" in package, package
+
+
+def test_everything_that_an_image_installs_is_locked() -> None:
+    installs = re.findall(r"pip[^\n]* install (?:[^\\\n]|\\\n)*", DOCKERFILE)
+    assert len(installs) == 5
+    assert all("--require-hashes" in install or "--no-index" in install for install in installs)
+
+
+def test_the_training_image_has_torch_as_built_for_cpus() -> None:
+    assert f"\ntorch=={pinned()['torch']}+cpu " in (ROOT / "docker/requirements-training.txt").read_text()
 
 
 def test_images_are_labelled_with_the_version_of_the_project() -> None:
@@ -80,15 +114,27 @@ def _against_the_schema(files: list[Path]) -> list[str]:
     return [message["message"] for message in messages if message["rule"] in ("invalid-schema", "invalid-yaml")]
 
 
-@pytest.mark.skipif(shutil.which("docker-compose") is None, reason="docker-compose is missing")
-@pytest.mark.parametrize("files", [COMPOSE[:1], COMPOSE], ids=" and ".join)
-def test_the_first_compose_reads_the_files_too(files: tuple[str, ...]) -> None:
-    options = [option for file in files for option in ("--file", file)]
-    done = subprocess.run(["docker-compose", *options, "config"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+@needs_compose
+def test_on_a_gpu_the_load_needs_no_other_image_than_the_service() -> None:
+    services = composed(*COMPOSE)["services"]
+    assert services["load"]["image"] == services["carso"]["image"] == "carso:gpu"
+    assert services["carso"]["deploy"]["resources"]["reservations"]["devices"][0]["driver"] == "nvidia"
 
 
-def test_compose_leaves_the_service_the_time_to_drain() -> None:
+@needs_compose
+def test_the_bundle_that_the_page_shows_is_mounted() -> None:
+    (bundle,) = re.findall(r"`BUNDLE=(\S+)`", (ROOT / "docs/deploy.md").read_text())
+    assert f"{ROOT / bundle}:/bundle:ro" in composed(COMPOSE[0], BUNDLE=bundle)["services"]["carso"]["volumes"]
+
+
+@needs_compose
+def test_a_machine_of_one_processor_can_have_the_stack() -> None:
+    assert composed(COMPOSE[0], SERVICE_CPUS="1")["services"]["carso"]["cpus"] == 1
+
+
+def test_docker_and_compose_leave_the_service_the_time_to_drain() -> None:
+    waits = 10  # what `docker stop` waits
+    assert int(re.search(r"CARSO_DRAIN_TIMEOUT_S=(\d+)", DOCKERFILE)[1]) + 1 < waits
     service = yaml.safe_load((ROOT / COMPOSE[0]).read_text())["services"]["carso"]
     assert int(service["stop_grace_period"].removesuffix("s")) > int(service["environment"]["CARSO_DRAIN_TIMEOUT_S"])
 

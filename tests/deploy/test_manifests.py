@@ -8,7 +8,8 @@ import re
 import shutil
 import subprocess
 import textwrap
-from collections.abc import Iterator
+import zipfile
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,17 @@ pytest.importorskip("yaml", reason="pip install '.[deploy]'")
 import yaml
 
 from service.settings import PREFIX, Settings
-from tests.deploy.manifests import OPTIONS, OVERLAYS, Object, kustomized, objects, rendered, rendered_with
+from tests.deploy.manifests import (
+    KSERVE_FIELDS,
+    OPTIONS,
+    OVERLAYS,
+    Object,
+    kustomized,
+    objects,
+    pod_specs,
+    rendered,
+    rendered_with,
+)
 
 ROOT = Path(__file__).parents[2]
 WITH_DEPLOYMENT = [overlay for overlay in OVERLAYS if overlay != "kserve"]
@@ -28,7 +39,6 @@ OPERATORS = {
     "PrometheusRule": "prometheus-operator",
     "ScaledObject": "keda",
 }
-KSERVE_FIELDS = {"minReplicas", "maxReplicas"}  # of a predictor, beside those of a pod
 # What checkov asks for and these manifests leave open, with the reason.
 LEFT_OPEN = {
     "CKV_K8S_15": "images have versions, so IfNotPresent is right",
@@ -44,25 +54,16 @@ def overlay(request: pytest.FixtureRequest) -> list[Object]:
     return objects(rendered(request.param))
 
 
-@pytest.fixture(params=[*WITH_DEPLOYMENT, "cpu with options", "gpu with options"])
+@pytest.fixture(params=[*((name, ()) for name in WITH_DEPLOYMENT), *product(("cpu", "gpu"), OPTIONS)], ids=str)
 def deployed(request: pytest.FixtureRequest, tmp_path: Path) -> list[Object]:
-    """The overlays that have a Deployment, and two with every option."""
-    name, _, options = request.param.partition(" with ")
-    return objects(rendered_with(name, OPTIONS, tmp_path / "overlay") if options else rendered(name))
+    """The overlays that have a Deployment, and two with options."""
+    name, options = request.param
+    return objects(rendered_with(name, options, tmp_path / "overlay") if options else rendered(name))
 
 
 def only(found: list[Object], kind: str) -> Object:
     (it,) = (each for each in found if each["kind"] == kind)
     return it
-
-
-def pod_specs(found: list[Object]) -> Iterator[Object]:
-    for each in found:
-        if each["kind"] == "Deployment":
-            yield each["spec"]["template"]["spec"]
-        elif each["kind"] == "InferenceService":
-            predictor = each["spec"]["predictor"]
-            yield {name: value for name, value in predictor.items() if name not in KSERVE_FIELDS}
 
 
 def environment(container: Object) -> dict[str, str]:
@@ -98,6 +99,22 @@ def test_the_predictor_of_kserve_is_a_pod(tmp_path: Path) -> None:
     validate([{"apiVersion": "v1", "kind": "Pod", "metadata": {"name": "carso"}, "spec": spec}], tmp_path)
 
 
+@pytest.mark.skipif("DEPLOY_WORK" not in os.environ, reason="tests/deploy/run downloads the models of KServe")
+def test_kserve_knows_every_field() -> None:
+    service = only(objects(rendered("kserve")), "InferenceService")
+    (wheel,) = Path(os.environ["DEPLOY_WORK"]).glob("kserve-*.whl")
+    models = zipfile.ZipFile(wheel)
+
+    def fields(model: str) -> set[str]:
+        source = models.read(f"kserve/models/v1beta1_{model}.py").decode()
+        return set(re.findall(r"'\w+': '(\w+)'", source[source.index("attribute_map = {") :].partition("}")[0]))
+
+    assert set(service) <= fields("inference_service")
+    assert set(service["spec"]) <= fields("inference_service_spec")
+    assert set(service["spec"]["predictor"]) | KSERVE_FIELDS <= fields("predictor_spec")
+    assert "misspelt" not in fields("predictor_spec")
+
+
 @pytest.mark.skipif("DEPLOY_WORK" not in os.environ, reason="tests/deploy/run installs the operators' types")
 def test_the_operators_know_every_field() -> None:
     found = [each for each in objects(rendered("autoscaling")) if each["kind"] in OPERATORS]
@@ -122,15 +139,27 @@ def _unknown_to_their_operators(found: list[Object]) -> str:
 
 
 @pytest.mark.skipif(shutil.which("checkov") is None, reason="tests/deploy/run installs checkov")
-@pytest.mark.parametrize("name", WITH_DEPLOYMENT)
+@pytest.mark.parametrize("name", OVERLAYS)
 def test_checkov_finds_no_gap(name: str, tmp_path: Path) -> None:
-    (tmp_path / "objects.yaml").write_text(rendered(name))
+    found = [_as_checkov_knows_it(each) for each in objects(rendered(name))]
+    (tmp_path / "objects.yaml").write_text(yaml.safe_dump_all(found))
     command = ["checkov", "--directory", tmp_path, "--framework", "kubernetes", "--skip-download", "--output=json"]
     done = subprocess.run([*command, "--compact"], capture_output=True, text=True)
     results = json.loads(done.stdout)["results"]
     gaps = {check["check_id"]: check["check_name"] for check in results["failed_checks"]}
     assert len(results["passed_checks"]) > 50
     assert gaps.keys() == LEFT_OPEN.keys(), gaps
+
+
+def _as_checkov_knows_it(each: Object) -> Object:
+    """An InferenceService as the Deployment that KServe makes of it; all else as it is."""
+    if each["kind"] != "InferenceService":
+        return each
+    (spec,) = pod_specs([each])
+    labels = each["metadata"]["labels"]
+    template = {"metadata": {"labels": labels}, "spec": spec}
+    deployment = {"replicas": 2, "selector": {"matchLabels": labels}, "template": template}
+    return {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": each["metadata"], "spec": deployment}
 
 
 def test_selectors_find_the_pods(deployed: list[Object]) -> None:
@@ -145,6 +174,31 @@ def test_selectors_find_the_pods(deployed: list[Object]) -> None:
         *(constraint["labelSelector"]["matchLabels"] for constraint in spec["topologySpreadConstraints"]),
     ]
     assert all(selector and selector.items() <= labels for selector in selectors)
+
+
+def test_what_is_around_the_pods_of_kserve_finds_them(tmp_path: Path) -> None:
+    """KServe hands the labels of an InferenceService down to its pods and its Service, and names the Service's port
+    after the container's."""
+    found = objects(rendered_with("kserve", ("monitoring",), tmp_path / "overlay"))
+    assert not {"Deployment", "Service"} & {each["kind"] for each in found}
+    service = only(found, "InferenceService")
+    labels, (spec,) = service["metadata"]["labels"].items(), pod_specs([service])
+    selectors = [
+        only(found, "PodDisruptionBudget")["spec"]["selector"]["matchLabels"],
+        only(found, "NetworkPolicy")["spec"]["podSelector"]["matchLabels"],
+        only(found, "ServiceMonitor")["spec"]["selector"]["matchLabels"],
+        *(constraint["labelSelector"]["matchLabels"] for constraint in spec["topologySpreadConstraints"]),
+    ]
+    assert len(selectors) == 4
+    assert all(selector and selector.items() <= labels for selector in selectors)
+    (rule,), (endpoint,) = (
+        only(found, "NetworkPolicy")["spec"]["ingress"],
+        only(found, "ServiceMonitor")["spec"]["endpoints"],
+    )
+    (port,) = spec["containers"][0]["ports"]
+    assert port["name"] == endpoint["port"] == rule["ports"][0]["port"]
+    assert spec["serviceAccountName"] == only(found, "ServiceAccount")["metadata"]["name"]
+    assert service["metadata"]["annotations"]["serving.kserve.io/autoscalerClass"] == "external"
 
 
 def test_ports_agree(deployed: list[Object]) -> None:
@@ -217,6 +271,9 @@ def test_the_overlay_that_the_page_shows_renders(tmp_path: Path) -> None:
     assert spec["containers"][0]["image"] == "ghcr.io/you/carso:0.1.0-gpu"
     assert "CARSO_API_KEYS_FILE" in environment(spec["containers"][0])
     assert OPERATORS.keys() <= {each["kind"] for each in found}
+    triggers = only(found, "ScaledObject")["spec"]["triggers"]
+    assert all('namespace="vision"' in trigger["metadata"]["query"] for trigger in triggers)
+    assert triggers[0]["metadata"]["threshold"] != "12000"  # which is a processor's
 
 
 def test_no_token_of_kubernetes_is_mounted(overlay: list[Object]) -> None:
@@ -252,11 +309,19 @@ def test_api_keys_are_read_from_a_file_of_the_secret(tmp_path: Path) -> None:
     assert (str(file.parent), volume["secret"]["secretName"]) == (mount["mountPath"], "carso-api-keys")
 
 
+def test_a_bundle_out_of_a_volume_is_mounted_where_the_service_reads_it(tmp_path: Path) -> None:
+    (spec,) = pod_specs(objects(rendered_with("cpu", ("bundle-volume",), tmp_path / "overlay")))
+    (container,), (volume,) = spec["containers"], spec["volumes"]
+    (mount,) = container["volumeMounts"]
+    assert (mount["name"], mount["readOnly"]) == (volume["name"], True)
+    assert re.search(r"CARSO_BUNDLE=([^\s\\]+)", _dockerfile())[1] == mount["mountPath"]
+
+
 def test_a_bundle_image_fills_the_folder_that_the_service_reads(tmp_path: Path) -> None:
     (spec,) = pod_specs(objects(rendered_with("cpu", ("bundle",), tmp_path / "overlay")))
     (copier,), (container,) = spec["initContainers"], spec["containers"]
     assert copier["command"][-1] == copier["volumeMounts"][0]["mountPath"]
-    assert re.search(r"CARSO_BUNDLE=(\S+)", _dockerfile())[1] == container["volumeMounts"][0]["mountPath"]
+    assert re.search(r"CARSO_BUNDLE=([^\s\\]+)", _dockerfile())[1] == container["volumeMounts"][0]["mountPath"]
 
 
 def test_a_gpu_is_asked_for_and_its_nodes_are_tolerated() -> None:
@@ -287,7 +352,7 @@ def test_prometheus_finds_the_service_under_the_name_that_the_rules_use() -> Non
     assert {endpoint["port"] for endpoint in monitor["spec"]["endpoints"]} <= {
         port["name"] for port in service["spec"]["ports"]
     }
-    assert service["metadata"]["name"] == "carso"  # which is the job of its series, as the operator names them
+    assert service["metadata"]["labels"][monitor["spec"]["jobLabel"]] == "carso"  # the job of the rules
     (rule,) = only(found, "NetworkPolicy")["spec"]["ingress"]
     assert {"kubernetes.io/metadata.name": "monitoring"} in [
         peer["namespaceSelector"]["matchLabels"] for peer in rule["from"] if "namespaceSelector" in peer
@@ -300,8 +365,8 @@ def test_the_autoscaler_owns_the_number_of_replicas() -> None:
     assert "replicas" not in deployment["spec"]
     assert scaled["scaleTargetRef"] == {"name": deployment["metadata"]["name"]}
     assert 2 <= scaled["minReplicaCount"] <= scaled["fallback"]["replicas"] <= scaled["maxReplicaCount"]
-    (trigger,) = scaled["triggers"]
-    assert "carso_queue_rows" in trigger["metadata"]["query"]
+    assert scaled["fallback"]["behavior"] == "currentReplicasIfHigher"
+    assert {trigger["name"] for trigger in scaled["triggers"]} == {"robust", "fast"}
 
 
 def _dockerfile() -> str:

@@ -16,7 +16,7 @@ from service.metrics import Metrics
 from service.pipeline import Pipeline
 from service.server import Lifecycle
 from service.sessions import Sessions
-from tests.deploy.dashboard import Query, dashboard, queries
+from tests.deploy.dashboard import Query, annotations, choices, dashboard, queries
 
 yaml = pytest.importorskip("yaml", reason="pip install '.[deploy]'")
 promql_parser = pytest.importorskip("promql_parser", reason="pip install '.[deploy]'")
@@ -29,6 +29,10 @@ needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="pr
 def rules() -> list[dict[str, Any]]:
     groups = yaml.safe_load((PROMETHEUS / "rules.yml").read_text())["groups"]
     return [rule for group in groups for rule in group["rules"]]
+
+
+def everything_asked() -> list[Query]:
+    return [*queries(), *annotations(), *(series for series, _ in choices())]
 
 
 def alerts() -> list[dict[str, Any]]:
@@ -64,7 +68,7 @@ def test_every_section_of_the_runbook_is_of_an_alert() -> None:
     assert sections == [alert["alert"] for alert in alerts()]
 
 
-@pytest.mark.parametrize("query", list(queries()), ids=lambda query: query.panel)
+@pytest.mark.parametrize("query", everything_asked(), ids=lambda query: query.panel)
 def test_every_query_of_the_dashboard_is_promql(query: Query) -> None:
     promql_parser.parse(query.expr)
 
@@ -79,7 +83,7 @@ def test_alerts_and_dashboard_use_only_metrics_that_the_service_or_a_rule_makes(
     metrics.refusal("overloaded")
     made = set(re.findall(r"^(\w+)[{ ]", metrics.page().decode(), re.MULTILINE)) | {"up", "ALERTS"}
     made |= {rule["record"] for rule in rules() if "record" in rule}
-    asked = [query.expr for query in queries()] + [rule["expr"] for rule in rules()]
+    asked = [query.expr for query in everything_asked()] + [rule["expr"] for rule in rules()]
     named = set(re.findall(r"\b(?:carso|process)[_:][\w:]+|\bup\b|\bALERTS\b", " ".join(asked)))
     assert {name for name in named if not name.startswith("carso_gpu_")} <= made
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -17,11 +18,12 @@ pytest.importorskip("yaml", reason="pip install '.[deploy]'")
 
 import yaml
 
-from tests.deploy.containers import DOCKER, START_WITHIN, request
-from tests.deploy.manifests import Object, objects, rendered_with
+from tests.deploy.containers import START_WITHIN, docker, request
+from tests.deploy.manifests import Object, objects, pod_specs, rendered, rendered_with
 
 ROOT = Path(__file__).parents[2]
 ATTACKED = (ROOT / "docs/samples/2-pgd-0.30.png").read_bytes()
+BUNDLE_IMAGE = "carso-bundle:check"
 CONFIGURATION = """
 [containers]
 default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]
@@ -73,7 +75,7 @@ def podman() -> Iterator[Podman]:
     (folder / "containers.conf").write_text(CONFIGURATION.format(folder=folder))
     podman = Podman(folder)
     saved = folder / "image.tar"
-    subprocess.run([DOCKER, "save", "--output", saved, os.environ["DEPLOY_CPU_IMAGE"]], check=True)
+    docker("save", "--output", str(saved), os.environ["DEPLOY_CPU_IMAGE"], _bundle_image(folder))
     podman("load", "--quiet", "--input", str(saved))
     saved.unlink()
     try:
@@ -83,10 +85,23 @@ def podman() -> Iterator[Podman]:
         podman("network", "prune", "--force", check=False)
 
 
+def _bundle_image(folder: Path) -> str:
+    """An image as k8s/components/bundle describes it: the bundle under another name, and a cp."""
+    context = folder / "bundle-image"
+    bundle = context / "bundle"
+    shutil.copytree(ROOT / "models/mnist-fcn", bundle)
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"name": "out-of-an-image"}))
+    shutil.copy(shutil.which("busybox"), context / "cp")
+    (context / "Dockerfile").write_text("FROM scratch\nCOPY cp /bin/cp\nCOPY --chmod=755 bundle /bundle\n")
+    docker("build", "--quiet", "--tag", BUNDLE_IMAGE, str(context))
+    return BUNDLE_IMAGE
+
+
 @pytest.fixture(scope="module")
 def pod(podman: Podman) -> Iterator[Pod]:
-    """One replica of the cpu overlay, with API keys; the rest of Kubernetes is not here."""
-    found = objects(rendered_with("cpu", ("api-keys",), podman.folder / "overlay"))
+    """One replica of the cpu overlay, with API keys and a bundle of its own; the rest of Kubernetes is not here."""
+    found = objects(rendered_with("cpu", ("api-keys", "bundle"), podman.folder / "overlay"))
     (deployment,) = (each for each in found if each["kind"] == "Deployment")
     data = {"keys": b64encode(b"a-key-of-this-test-alone").decode()}
     keys = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": "carso-api-keys"}, "data": data}
@@ -109,12 +124,15 @@ def pod(podman: Podman) -> Iterator[Pod]:
 
 def _for_podman(deployment: Object) -> Object:
     """The same less what podman takes for something else: it publishes every port on the host, and it probes with
-    curl, which the image does not have."""
+    curl, which the image does not have. And it is told to keep init containers, as Kubernetes does."""
     deployment["spec"]["replicas"] = 1
-    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    deployment["metadata"]["annotations"] = {"io.podman.annotations.init.container.type": "always"}
+    spec = deployment["spec"]["template"]["spec"]
+    (container,), (copier,) = spec["containers"], spec["initContainers"]
     for name in ("ports", "startupProbe", "readinessProbe", "livenessProbe"):
         del container[name]
     container["image"] = f"localhost/{os.environ['DEPLOY_CPU_IMAGE']}"
+    copier["image"] = f"localhost/{BUNDLE_IMAGE}"
     return deployment
 
 
@@ -128,6 +146,18 @@ def test_the_pod_classifies_for_whoever_has_a_key(pod: Pod) -> None:
     assert status == 200, answer
     (prediction,) = answer["predictions"]
     assert (prediction["class_name"], prediction["agree"]) == ("2", False)
+
+
+def test_the_pod_serves_the_bundle_that_the_init_container_copied(pod: Pod) -> None:
+    headers = {"Authorization": f"Bearer {pod.file('/etc/carso/keys')}"}
+    assert request(pod.address, "GET", "/info", headers=headers)[1]["bundle"]["name"] == "out-of-an-image"
+
+
+@pytest.mark.parametrize("overlay", ["cpu", "kserve"])
+def test_the_pod_answers_every_probe_of_the_manifests(pod: Pod, overlay: str) -> None:
+    (container,) = next(pod_specs(objects(rendered(overlay))))["containers"]
+    for kind in ("startup", "readiness", "liveness"):
+        assert request(pod.address, "GET", container[f"{kind}Probe"]["httpGet"]["path"])[0] == 200
 
 
 def test_the_pod_runs_with_the_rights_that_the_manifest_leaves(pod: Pod) -> None:

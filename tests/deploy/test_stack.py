@@ -15,12 +15,13 @@ from typing import Any
 import pytest
 
 from tests.deploy.containers import Container, request
-from tests.deploy.dashboard import queries
+from tests.deploy.dashboard import annotations, choices, queries
 from tests.server import free_port
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "carso-check"
 PATIENCE = 120  # seconds: test machines may be busy
+PERIOD = "15"  # seconds from one attack to the next
 NO_DATA_YET = ("carso_gpu_", "carso:disagreement:ratio_rate1d")  # there is no GPU, and no day before
 
 pytestmark = pytest.mark.skipif(
@@ -33,7 +34,7 @@ class Stack:
     ports: dict[str, int]
 
     def compose(self, *arguments: str) -> str:
-        environment = os.environ | {name: str(port) for name, port in self.ports.items()}
+        environment = os.environ | {name: str(port) for name, port in self.ports.items()} | {"ATTACK_PERIOD": PERIOD}
         command = ["docker-compose", "--project-name", PROJECT, "--profile", "load", *arguments]
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
         if done.returncode:
@@ -58,7 +59,7 @@ class Stack:
 def stack() -> Iterator[Stack]:
     started = Stack({name: free_port() for name in ("SERVICE_PORT", "PROMETHEUS_PORT", "GRAFANA_PORT")})
     try:
-        started.compose("up", "--detach", "carso", "prometheus", "load")
+        started.compose("up", "--build", "--detach", "carso", "prometheus", "load")
         yield started
     finally:
         started.compose("down", "--volumes")
@@ -122,9 +123,22 @@ def test_every_query_of_the_dashboard_returns_data_under_load(stack: Stack) -> N
     assert len(expected) > 30
 
     def silent() -> list[tuple[str, str]]:
-        return [(query.panel, query.expr) for query in expected if not _numbers(stack.ask(query.expr))]
+        # something that is refused, so that there are errors to show, and no zero in the place of one that is not found
+        request("127.0.0.1", "POST", "/classify", b"no image", port=stack.ports["SERVICE_PORT"])
+        asked = [(query.panel, re.sub(r"^(sum.+) or vector\(0\)$", r"\1", query.expr)) for query in expected]
+        return [(panel, expr) for panel, expr in asked if not _numbers(stack.ask(expr))]
 
     eventually(lambda: not silent(), because=lambda: (silent(), stack.container("load").log()))
+
+
+def test_the_replicas_to_choose_from_are_those_that_prometheus_knows(stack: Stack) -> None:
+    found = {label: {s["metric"].get(label) for s in stack.ask(series.expr)} for series, label in choices()}
+    assert found == {"namespace": {None}, "instance": {"carso:8000"}}
+
+
+def test_the_attacked_share_of_the_load_shows_as_disagreement(stack: Stack) -> None:
+    (disagreement,) = {query.expr for query in queries() if "agree=" in query.expr and "/" in query.expr}
+    eventually(lambda: 0.02 < max(_numbers(stack.ask(disagreement))) < 0.3, because=lambda: stack.ask(disagreement))
 
 
 def test_what_scales_the_service_returns_data_under_load(stack: Stack) -> None:
@@ -134,7 +148,7 @@ def test_what_scales_the_service_returns_data_under_load(stack: Stack) -> None:
         *re.findall(r"```promql\n(.+?)\n```", page, re.DOTALL),
         *re.findall(r"^ +query: (.+)$", scaler, re.MULTILINE),
     ]
-    assert len(exprs) == 4
+    assert len(exprs) == 5
     for expr in exprs:
         eventually(lambda expr=expr: _numbers(stack.ask(expr)), because=lambda expr=expr: expr)
 
@@ -147,13 +161,10 @@ def test_the_service_going_away_is_noticed(stack: Stack) -> None:
     stack.compose("stop", "carso")
     assert stack.container("carso").inspect()["State"]["ExitCode"] == 0
     eventually(lambda: stack.ask('ALERTS{alertname="CarsoDown"}'), because=lambda: stack.ask("up"))
-
-
-def test_the_gpu_override_reserves_a_gpu() -> None:
-    files = ("--file", "docker-compose.yml", "--file", "compose.gpu.yml")
-    config = Stack({}).compose(*files, "config")
-    assert "image: carso:gpu" in config
-    assert "driver: nvidia" in config
+    (down,) = (query.expr for query in queries() if query.panel == "Replicas that are down")
+    assert _numbers(stack.ask(down)) == [1]
+    (alerts,) = annotations()
+    assert stack.ask(alerts.expr.replace("firing", "pending"))
 
 
 def _numbers(result: list[dict[str, Any]]) -> list[float]:
