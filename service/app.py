@@ -30,6 +30,7 @@ from service.native import Native
 from service.open_inference import Model
 from service.options import FastOptions, robust_options
 from service.pipeline import Path, Pipeline
+from service.priority import give_way
 from service.probes import Probes
 from service.server import Lifecycle
 from service.sessions import Sessions
@@ -67,13 +68,15 @@ def create_app(settings: Settings) -> FastAPI:
             f"allowed with these limits; they must be at least {largest} = CARSO_MAX_IMAGES x (CARSO_MAX_SAMPLES + 1) "
             f"and {settings.max_images} = CARSO_MAX_IMAGES, or the largest request would never be taken"
         )
-    sessions = Sessions(
-        bundle,
-        device=settings.device,
-        precision=settings.precision,
-        threads=settings.threads,
-        spin=settings.spin,
-    )
+    with ThreadPoolExecutor(1, initializer=give_way) as builder:  # ONNX Runtime's own threads take after it
+        sessions = builder.submit(
+            Sessions,
+            bundle,
+            device=settings.device,
+            precision=settings.precision,
+            threads=settings.threads,
+            spin=settings.spin,
+        ).result()
     provider = sessions.provider
     metrics = Metrics(bundle, device=settings.device, provider=provider, precision=settings.precision)
     pipeline = Pipeline(sessions, latent=manifest.latent, classes=len(manifest.classes), round_rows=settings.round_rows)

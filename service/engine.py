@@ -14,6 +14,7 @@ from typing import get_args
 
 from service.admission import Admission
 from service.pipeline import Job, Path, Pipeline, Step
+from service.priority import give_way
 
 log = logging.getLogger(__name__)
 
@@ -128,6 +129,7 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            give_way()
             while self._take_arrivals():
                 self._busy = True
                 for work in (self._pipeline.first_passes, self._pipeline.round):

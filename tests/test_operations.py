@@ -44,7 +44,7 @@ def test_the_metrics_count_what_was_done(client):
         'carso_requests_total{code="200",endpoint="/classify"}': 1,
         'carso_requests_total{code="200",endpoint="/classify/fast"}': 1,
         'carso_requests_total{code="404",endpoint="other"}': 1,
-        'carso_request_duration_seconds_count{endpoint="/classify"}': 1,
+        'carso_request_duration_seconds_count{code="200",endpoint="/classify"}': 1,
         **{
             f'carso_stage_duration_seconds_count{{path="{path}",stage="{stage}"}}': 1
             for path, stages in {"fast": FIRST_STAGES, "robust": (*FIRST_STAGES, "vote")}.items()
