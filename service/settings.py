@@ -89,8 +89,15 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=8 * 2**20, ge=1024, le=2**30, description="Bytes of one request's body at most."
     )
+    bodies_bytes: int = Field(
+        default=64 * 2**20,  # a byte of body is held up to three times while it is read
+        ge=1024,
+        le=2**40,
+        description="Bytes that the bodies of all requests in flight may have together, those of up to 64 KiB not "
+        "counted; more is refused with 429.",
+    )
     max_pixels: int = Field(
-        default=2**24,
+        default=2**22,  # MEASURED
         ge=1,
         le=2**26,  # Pillow warns at 1.3 times that
         description="Pixels to which the encoded images of one request may decode, all together.",
