@@ -62,7 +62,7 @@ def _serve() -> None:
         app,
         host=settings.host,
         port=settings.port,
-        http=bounded(settings.receive_timeout_s),
+        http=bounded(settings.receive_timeout_s, app.state.unread),
         lifespan="on",
         log_config=None,  # uvicorn's loggers join ours
         access_log=False,  # service.envelope writes that line

@@ -7,6 +7,7 @@ import pathlib
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, get_args
 
 from fastapi import FastAPI
@@ -21,7 +22,7 @@ from service.bundle import Bundle
 from service.classify import Classifier
 from service.decoding import Decoder
 from service.engine import Engine, EngineError
-from service.envelope import PROBES, Envelope, refuse
+from service.envelope import PROBES, Envelope, refuse, unread
 from service.errors import RequestError
 from service.images import Reader
 from service.keys import ApiKeys, BadKeys
@@ -68,6 +69,11 @@ def create_app(settings: Settings) -> FastAPI:
             f"allowed with these limits; they must be at least {largest} = CARSO_MAX_IMAGES x (CARSO_MAX_SAMPLES + 1) "
             f"and {settings.max_images} = CARSO_MAX_IMAGES, or the largest request would never be taken"
         )
+    if settings.bodies_bytes < settings.max_body_bytes:
+        raise SettingsError(
+            f"CARSO_BODIES_BYTES: {settings.bodies_bytes} is not allowed with these limits; it must be at least "
+            f"{settings.max_body_bytes} = CARSO_MAX_BODY_BYTES, or the largest request would never be taken"
+        )
     with ThreadPoolExecutor(1, initializer=give_way) as builder:  # ONNX Runtime's own threads take after it
         sessions = builder.submit(
             Sessions,
@@ -102,6 +108,7 @@ def create_app(settings: Settings) -> FastAPI:
 
     app = FastAPI(title="CARSO", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
     app.state.engine, app.state.lifecycle = engine, lifecycle
+    app.state.unread = partial(unread, metrics)
     options = robust_options(samples=manifest.samples, max_samples=settings.max_samples, risk=settings.risk)
     classifier = Classifier(
         engine,
@@ -137,6 +144,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(
         Envelope,
         max_body_bytes=settings.max_body_bytes,
+        bodies_bytes=settings.bodies_bytes,
         receive_timeout=settings.receive_timeout_s,
         keys=keys,
         endpoints=[path for route in app.routes if (path := getattr(route, "path", None))],

@@ -8,15 +8,12 @@ import re
 from dataclasses import dataclass, field
 from typing import Any
 
-from pydantic_core import from_json
-
-from service import multipart, npy
+from service import json_values, multipart, npy
 from service.errors import (
     EmptyBatch,
     MissingImages,
     TooManyImages,
     UndecodableBase64,
-    UndecodableJson,
     UnsupportedMediaType,
 )
 from service.images import Source
@@ -30,7 +27,7 @@ MULTIPART = "multipart/form-data"
 MEDIA_TYPES = (*IMAGE_TYPES, MULTIPART, JSON, NPY)
 
 _RAW = frozenset((*IMAGE_TYPES, *_IMAGE_ALIASES))
-_DATA_URL = re.compile(r"data:[^,]{0,100};base64,")
+_DATA_URL = re.compile(r"\Adata:[^,]{0,100};base64,")
 
 
 @dataclass(frozen=True)
@@ -39,8 +36,8 @@ class Body:
     options: dict[str, Any] = field(default_factory=dict)  # unchecked
 
 
-def parse(content_type: str, data: bytes, *, max_images: int) -> Body:
-    """Take a body apart without decoding any image.
+def parse(content_type: str, data: bytes, *, max_images: int, max_values: int) -> Body:
+    """Take a body apart without decoding any image. `max_values`: see json_values.
 
     Raises UnsupportedMediaType and the errors of each format: see the module of each.
     """
@@ -48,7 +45,7 @@ def parse(content_type: str, data: bytes, *, max_images: int) -> Body:
     if media_type in _RAW:
         return Body([data])
     if media_type == JSON:
-        return _json(data, max_images)
+        return _json(data, max_images=max_images, max_values=max_values)
     if media_type == NPY:
         return Body([npy.parse(data)])
     if media_type == MULTIPART:
@@ -60,11 +57,8 @@ def parse(content_type: str, data: bytes, *, max_images: int) -> Body:
     )
 
 
-def _json(data: bytes, max_images: int) -> Body:
-    try:
-        content = from_json(data)  # reads NaN and Infinity too, so that they are refused by their own name
-    except ValueError as e:
-        raise UndecodableJson(f"the body is not JSON ({e})") from None
+def _json(data: bytes, *, max_images: int, max_values: int) -> Body:
+    content = json_values.parse(data, max_values=max_values)
     if not isinstance(content, dict) or not isinstance(images := content.pop("images", None), list):
         raise MissingImages(
             'the body must be an object with a list "images", of nested numbers or base64 strings: {"images": [...]}'

@@ -9,7 +9,9 @@ from concurrent.futures import Executor
 from typing import TypeVar
 
 import numpy as np
+from starlette.types import Receive
 
+from service.disconnect import WhileConnected
 from service.images import Reader, Source
 from service.options import Options
 
@@ -34,20 +36,21 @@ class Decoder:
         self._pool = pool
 
     async def decode(
-        self, size: int, take_apart: Callable[[], tuple[list[Source], Options]]
+        self, size: int, take_apart: Callable[[], tuple[list[Source], Options]], receive: Receive
     ) -> tuple[np.ndarray, Options, float]:
         """Images [N, *shape] and options of a body of `size` bytes, and the seconds that this took.
 
-        Raises what `take_apart` raises, and the errors of `Reader.read`.
+        If the client hangs up, which `receive` tells, the pool does not begin what it has not begun. Raises what
+        `take_apart` raises, the errors of `Reader.read`, ClientGone.
         """
         began = time.monotonic()
         if size > self._inline_bytes:
-            images, options = await self._in_pool(lambda: self._decode(*take_apart()))
+            images, options = await self._in_pool(lambda: self._decode(*take_apart()), receive)
         else:
             sources, options = take_apart()
             # to be resized, a small file may hold a large image
             if options.resize or len(sources) > INLINE_IMAGES:
-                images, options = await self._in_pool(lambda: self._decode(sources, options))
+                images, options = await self._in_pool(lambda: self._decode(sources, options), receive)
             else:
                 images, options = self._decode(sources, options)
         return images, options, time.monotonic() - began
@@ -55,5 +58,6 @@ class Decoder:
     def _decode(self, sources: list[Source], options: Options) -> tuple[np.ndarray, Options]:
         return self._reader.read(sources, resize=options.resize), options
 
-    async def _in_pool(self, function: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._pool, function)
+    async def _in_pool(self, function: Callable[[], T], receive: Receive) -> T:
+        async with WhileConnected(receive):
+            return await asyncio.get_running_loop().run_in_executor(self._pool, function)

@@ -22,14 +22,37 @@ from service.errors import AnimatedImage, TooManyPixels, TransparentImage, Undec
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
+# Of one JPEG: each scan goes over all pixels once more, whatever few bytes it has (4 ms at 2048 x 2048), and Pillow
+# copies all that it has read of the Exif data at each further segment. Encoders write 10 scans at most and 1 segment;
+# thumbnails and previews in the same file have their own.
+MAX_SCANS = 64
+# Of one file: Pillow takes it apart in Python, at 1 to 2 microseconds a piece, and 8 MiB may be millions of pieces, all
+# empty. An honest image of 2048 x 2048 pixels has some thousands.
+MAX_READS = 2**16
+
+
+class _Bounded(io.BytesIO):
+    """A file that can be read only so often."""
+
+    reads = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads += 1
+        if self.reads > MAX_READS:
+            raise RuntimeError(f"it is in more than {MAX_READS} pieces")
+        return super().read(size)
+
 
 def opened(data: bytes) -> Image.Image:
     """The image with its header read and no pixel decoded: `size` is (width, height).
 
     Raises UndecodableImage, AnimatedImage, and TooManyPixels beyond Pillow's own limit, which is above any of ours.
     """
+    _check_scans(data)
     try:
-        image = Image.open(io.BytesIO(data), formats=FORMATS)
+        # a smaller file has fewer pieces than that anyway, and each read would take twice as long
+        file = _Bounded(data) if len(data) > MAX_READS else io.BytesIO(data)
+        image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise UndecodableImage(
             f"these {len(data)} bytes are no image that is read here: send PNG, JPEG, WebP or BMP"
@@ -44,6 +67,14 @@ def opened(data: bytes) -> Image.Image:
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise AnimatedImage(f"the file holds {getattr(image, 'n_frames', 1)} frames: send one of them")
     return image
+
+
+def _check_scans(data: bytes) -> None:
+    if not data.startswith(b"\xff\xd8"):
+        return
+    for what, mark in (("scans", b"\xff\xda"), ("Exif segments", b"Exif\0\0")):
+        if (found := data.count(mark)) > MAX_SCANS:
+            raise UndecodableImage(f"the JPEG file has {found} {what}, at most {MAX_SCANS} are read: save it anew")
 
 
 def _whole(image: Image.Image, data: bytes) -> bool:

@@ -57,6 +57,10 @@ class UndecodableMultipart(RequestError, status=400):
     """A multipart body that is damaged or truncated."""
 
 
+class MalformedRequest(RequestError, status=400, headers={"connection": "close"}):
+    """Bytes that are no HTTP request."""
+
+
 class Unauthorized(RequestError, status=401, headers={"www-authenticate": "Bearer"}):
     """No API key, or an unknown one."""
 
@@ -91,6 +95,10 @@ class TooManyPixels(RequestError, status=413):
 
 class UnsupportedMediaType(RequestError, status=415):
     """A Content-Type that is not read here, or none."""
+
+
+class HeadTooLarge(RequestError, status=431, headers={"connection": "close"}):
+    """A request line, headers or trailers without end."""
 
 
 class WrongShape(RequestError, status=422):

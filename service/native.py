@@ -7,7 +7,7 @@ from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service import answers, bodies
+from service import answers, bodies, json_values
 from service.bundle import Bundle
 from service.classify import Classified, Classifier
 from service.decoding import Decoder
@@ -32,6 +32,7 @@ class Native:
         self._classifier = classifier
         self._decoder = decoder
         self._max_images = max_images
+        self._max_values = json_values.limit(bundle.manifest.input.shape)
         self._robust_options = robust_options
         self._served = {"bundle": answers.bundle_name(bundle), "provider": provider}
 
@@ -60,7 +61,7 @@ class Native:
         data = await request.body()
 
         def take_apart() -> tuple[list[Source], Options]:
-            body = bodies.parse(content_type, data, max_images=self._max_images)
+            body = bodies.parse(content_type, data, max_images=self._max_images, max_values=self._max_values)
             return body.sources, parse(model, query, body.options)
 
-        return await self._decoder.decode(len(data), take_apart)
+        return await self._decoder.decode(len(data), take_apart, request.receive)

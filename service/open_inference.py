@@ -13,11 +13,11 @@ from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from service import __version__, tensors
+from service import __version__, json_values, tensors
 from service.bundle import InputSpec, Manifest
 from service.classify import Classified, Classifier
 from service.decoding import Decoder
-from service.errors import UnknownOutput
+from service.errors import ConflictingParameters, InvalidParameter, UnknownOutput
 from service.images import Source
 from service.options import FastOptions, RobustOptions, parse
 from service.pipeline import Path
@@ -92,6 +92,7 @@ class Model:
         self._decoder = decoder
         self._provider = provider
         self._max_images = max_images
+        self._max_values = json_values.limit(manifest.input.shape)
         self._options = options
         self._types = _TYPES[path, evidence]
         self.metadata = ModelMetadata(
@@ -110,11 +111,12 @@ class Model:
 
         def take_apart() -> tuple[list[Source], FastOptions]:
             nonlocal asked
-            asked, sources = tensors.parse(data, request.headers.get(JSON_SIZE), max_images=self._max_images)
+            json_size = request.headers.get(JSON_SIZE)
+            asked, sources = tensors.parse(data, json_size, max_images=self._max_images, max_values=self._max_values)
             self._check_outputs(asked)
-            return sources, parse(self._options, b"", _options(asked))
+            return sources, parse(self._options, b"", _options(asked, self.path))
 
-        images, options, decode = await self._decoder.decode(len(data), take_apart)
+        images, options, decode = await self._decoder.decode(len(data), take_apart, request.receive)
         return self._respond(request, asked, await self._classify(request, images, options, decode=decode))
 
     async def _classify(
@@ -154,8 +156,20 @@ class Model:
             yield name, self._types[name], values, everything if binary is None else binary
 
 
-def _options(asked: InferRequest) -> dict[str, Any]:
-    return {name: value for name, value in asked.parameters.items() if name != "binary_data_output"}
+def _options(asked: InferRequest, path: Path) -> dict[str, Any]:
+    """The parameters that are options. Triton's `timeout`, in microseconds, 0 for none, is the deadline."""
+    options = {name: value for name, value in asked.parameters.items() if name != "binary_data_output"}
+    if path == "robust" and "timeout" in options:
+        timeout = options.pop("timeout")
+        if type(timeout) is not int or timeout < 0:
+            raise InvalidParameter(
+                f"timeout: {shown(timeout)} is not allowed; it must be a number of microseconds, or 0 for no deadline"
+            )
+        if "deadline_ms" in options:
+            raise ConflictingParameters("timeout and deadline_ms are both given, which mean the same: give one")
+        if timeout:
+            options["deadline_ms"] = -(-timeout // 1000)
+    return options
 
 
 def _input(spec: InputSpec) -> TensorMetadata:

@@ -16,6 +16,7 @@ from service.ranges import complaint, shown
 from service.settings import Risk
 
 MAX_DEADLINE_MS = 600_000
+MAX_PARAMETERS = 64  # of a query: what is wrong with each would be found out on the event loop
 
 
 class FastOptions(BaseModel):
@@ -75,6 +76,8 @@ def parse(model: type[Options], query: bytes, body: dict[str, Any]) -> Options:
     """
     if not query and not body:
         return model()
+    if query.count(b"&") > MAX_PARAMETERS:
+        raise InvalidParameter(f"the query holds {query.count(b'&') + 1} options: give each once")
     given: dict[str, str] = {}
     for name, value in parse_qsl(query.decode("latin-1"), keep_blank_values=True):
         if given.setdefault(name, value) != value:

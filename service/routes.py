@@ -44,7 +44,6 @@ _ELSEWHERE = (NotFound, MethodNotAllowed)
 _ROBUST_ONLY = (SeedRefused, DeadlineExceeded)
 _TENSORS_ONLY = (InvalidTensor, UnknownOutput)
 _NATIVE_ONLY = (
-    ConflictingParameters,
     MissingImages,
     ObjectArray,
     UndecodableMultipart,
@@ -167,7 +166,7 @@ def _add_model(app: FastAPI, probes: Probes, model: Model, at: str) -> None:
         probes.ready()
         return {"name": model.name, "ready": True}
 
-    never = _ELSEWHERE + _NATIVE_ONLY + (_ROBUST_ONLY if model.path == "fast" else ())
+    never = _ELSEWHERE + _NATIVE_ONLY + ((*_ROBUST_ONLY, ConflictingParameters) if model.path == "fast" else ())
     app.get(at, summary=f"The model {model.name}", responses=_GUARDED)(metadata)
     app.get(f"{at}/ready", summary=f"Whether {model.name} takes requests", responses=_GUARDED | _HEALTH)(ready)
     app.router.add_api_route(

@@ -89,8 +89,17 @@ class Settings(BaseSettings):
     max_body_bytes: int = Field(
         default=8 * 2**20, ge=1024, le=2**30, description="Bytes of one request's body at most."
     )
+    bodies_bytes: int = Field(
+        default=64 * 2**20,  # a byte of body is held up to three times while it is read
+        ge=1024,
+        le=2**40,
+        description="Bytes that the bodies of all requests in flight may have together, those of up to 64 KiB not "
+        "counted; more is refused with 429.",
+    )
     max_pixels: int = Field(
-        default=2**24,
+        # Measured: decoding so many takes up to 76 MB for a grey bundle and 120 MB for a colour one (WebP), and each of
+        # decode_threads may be at it: beside the 130 MB of the process, two stay well inside a container's 512 MB.
+        default=2**22,
         ge=1,
         le=2**26,  # Pillow warns at 1.3 times that
         description="Pixels to which the encoded images of one request may decode, all together.",

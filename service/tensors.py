@@ -17,8 +17,9 @@ from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from pydantic_core import from_json, to_json
+from pydantic_core import to_json
 
+from service import json_values
 from service.errors import (
     EmptyBatch,
     InvalidTensor,
@@ -26,7 +27,6 @@ from service.errors import (
     OutOfRange,
     TooManyImages,
     UndecodableBase64,
-    UndecodableJson,
 )
 from service.images import Source, from_lists
 from service.ranges import shown
@@ -78,7 +78,9 @@ class InferRequest(_Part):
         default={}, description="Options, as of the native API; binary_data_output: send all tensors in binary form."
     )
     inputs: list[Input] = Field(min_length=1, max_length=1)
-    outputs: list[Output] | None = Field(default=None, description="Tensors to answer with; default: all.")
+    outputs: list[Output] | None = Field(
+        default=None, max_length=64, description="Tensors to answer with; default: all."
+    )
 
 
 class OutputTensor(BaseModel):
@@ -99,20 +101,17 @@ class InferResponse(BaseModel):
     outputs: list[OutputTensor]
 
 
-def parse(data: bytes, json_size: str | None, *, max_images: int) -> tuple[InferRequest, list[Source]]:
+def parse(data: bytes, json_size: str | None, *, max_images: int, max_values: int) -> tuple[InferRequest, list[Source]]:
     """A body and its header Inference-Header-Content-Length -> the request, without values, and its images.
 
-    Raises UndecodableJson, InvalidTensor, and the errors of values.
+    `max_values`: see json_values. Raises BodyTooLarge, UndecodableJson, InvalidTensor, and the errors of values.
     """
     if json_size is not None and not (json_size.isdecimal() and len(json_size) < 20 and int(json_size) <= len(data)):
         raise InvalidTensor(
             f"Inference-Header-Content-Length {shown(json_size)} is no number from 0 to {len(data)}, the body's size"
         )
     size = len(data) if json_size is None else int(json_size)
-    try:
-        content = from_json(data[:size])
-    except ValueError as e:
-        raise UndecodableJson(f"the body is not JSON ({e})") from None
+    content = json_values.parse(data[:size], max_values=max_values)
     try:
         request = InferRequest.model_validate(content)
     except ValidationError as e:

@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +26,10 @@ class Server:
     def client(self) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=60)
 
+    def connect(self, *, timeout: float) -> socket.socket:
+        address = httpx.URL(self.url)
+        return socket.create_connection((address.host, address.port), timeout=timeout)
+
 
 def environment(**settings: object) -> dict[str, str]:
     """This process's environment with these settings of the service and no others."""
@@ -40,12 +44,14 @@ def free_port() -> int:
 
 
 @contextmanager
-def serving(bundle: Path, log: Path, **settings: object) -> Iterator[Server]:
-    """A server that is ready; it is stopped at the end."""
+def serving(
+    bundle: Path, log: Path, *, program: Sequence[str] = ("-m", "service"), **settings: object
+) -> Iterator[Server]:
+    """A server that is ready; it is stopped at the end. `program`: arguments of Python."""
     port = free_port()
     settings = {"bundle": bundle, "port": port, "device": "cpu", "threads": 1, **settings}
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, "-m", "service"], env=environment(**settings), stderr=stderr)
+        process = subprocess.Popen([sys.executable, *program], env=environment(**settings), stderr=stderr)
     server = Server(f"http://127.0.0.1:{port}", log, process)
     try:
         _wait(server)

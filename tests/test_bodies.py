@@ -30,7 +30,7 @@ JSON, FORM = "application/json", "multipart/form-data; boundary=frontier"
 
 
 def parsed(content_type: str, data: bytes) -> bodies.Body:
-    return bodies.parse(content_type, data, max_images=4)
+    return bodies.parse(content_type, data, max_images=4, max_values=2**17)
 
 
 def multipart(*files: tuple[str, bytes]) -> tuple[str, bytes]:

@@ -110,6 +110,31 @@ def test_errors_reach_the_client_with_name_and_message(remote):
             remote.infer(inputs=[tensor(VALUES, "FP32")], **arguments)
 
 
+def test_the_timeout_of_tritons_client_is_the_deadline(remote, client):
+    batch = tensor(np.repeat(VALUES, 21, axis=0), "FP32")
+    endless = {"samples": 100_000, "risk": 0}
+    with pytest.raises(InferenceServerException, match="within 1 ms"):
+        remote.infer(ROBUST, [batch], parameters=endless, timeout=1)  # microseconds
+    assert not remote.infer(ROBUST, [batch], parameters=endless, timeout=1_000_000).as_numpy("complete").all()
+    assert remote.infer(ROBUST, [tensor(VALUES, "FP32")], timeout=0).as_numpy("complete").all()
+    for model, parameters, error in (
+        (ROBUST, {"timeout": -1}, "invalid_parameter: timeout: -1"),
+        (ROBUST, {"timeout": "soon"}, "invalid_parameter: timeout: 'soon'"),
+        (ROBUST, {"timeout": 1000, "deadline_ms": 1}, "conflicting_parameters: timeout and deadline_ms"),
+        (FAST, {"timeout": 1000}, "unknown_parameter: 'timeout'"),
+    ):
+        answer = client.post(f"/v2/models/{model}/infer", json=body() | {"parameters": parameters})
+        assert answer.status_code == 422
+        assert answer.json()["error"].startswith(error)
+
+
+def test_a_seed_is_refused_here_too_where_the_operator_keeps_it(strict_client):
+    entry = {"name": "images", "shape": [1, 3, 6, 5], "datatype": "FP32", "data": [0.5] * 90}
+    answer = strict_client.post(f"/v2/models/{ROBUST}/infer", json={"inputs": [entry], "parameters": {"seed": 1}})
+    assert answer.status_code == 403
+    assert answer.json()["error"].startswith("seed_refused: ")
+
+
 def body(**changes: object) -> dict[str, object]:
     entry = {"name": "images", "shape": [1, 1, 8, 8], "datatype": "FP32", "data": VALUES[0].ravel().tolist()}
     changed = {name: value for name, value in (entry | changes).items() if value is not None}

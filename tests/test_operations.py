@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import signal
+import time
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
+import numpy as np
 import pytest
 
 from service import __version__
@@ -65,6 +69,41 @@ def test_the_metrics_count_what_was_done(client):
         series = {line.rpartition(" ")[0] for line in after.splitlines() if line.startswith(family)}
         assert sum(sample(after, name) - sample(before, name) for name in series) == 3
     assert f'version="{__version__}"' in after
+
+
+def test_probes_and_metrics_answer_beside_a_full_queue_and_the_end_of_work_is_counted(client, server):
+    images = np.repeat(VALUES, 21, axis=0)
+    endless = {"samples": 100_000, "risk": 0}
+
+    def shown(name: str) -> float:
+        return sample(client.get("/metrics").text, name)
+
+    gone, cancelled = 'carso_cancellations_total{reason="client_gone"}', 'carso_votes_saved_total{reason="cancelled"}'
+    before = {name: shown(name) for name in (gone, cancelled)}
+    with ThreadPoolExecutor(1) as pool, httpx.Client(base_url=server.url, timeout=2) as impatient:
+        pool.submit(as_npy, "/classify", impatient, images, **endless)
+        while shown('carso_in_flight_requests{path="robust"}') == 0:
+            time.sleep(0.01)
+        assert as_npy("/classify", client, images, **endless).status_code == 429
+        for probe in ("/livez", "/readyz", "/v2/health/live", "/v2/health/ready"):
+            began = time.monotonic()
+            assert client.get(probe).status_code == 200
+            assert time.monotonic() - began < 1
+        assert as_png("/classify/fast", client).status_code == 200
+        assert shown('carso_queue_rows{path="robust"}') > 0
+        assert shown('carso_estimated_wait_seconds{path="robust"}') > 0
+    give_up = time.monotonic() + 10
+    while shown('carso_queue_rows{path="robust"}') and time.monotonic() < give_up:
+        time.sleep(0.05)
+    assert shown(gone) == before[gone] + 1
+    assert shown(cancelled) > before[cancelled]
+
+
+def test_a_count_that_a_deadline_ends_is_counted(client):
+    name = 'carso_cancellations_total{reason="deadline"}'
+    before = sample(client.get("/metrics").text, name)
+    as_npy("/classify", client, np.repeat(VALUES, 21, axis=0), samples=100_000, risk=0, deadline_ms=300)
+    assert sample(client.get("/metrics").text, name) == before + 1
 
 
 @pytest.mark.parametrize("asked_by", [signal.SIGTERM, signal.SIGINT])

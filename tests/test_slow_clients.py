@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import socket
 import time
 
 import pytest
 
 from tests.bundles import SMALL, shared_bundle
-from tests.calls import as_png, sample
+from tests.calls import PNG, as_png, sample
 from tests.server import Server, serving
 
 TIMEOUT = 1.0  # seconds
@@ -22,7 +23,7 @@ def impatient(tmp_path_factory):
 
 
 def connect(server: Server) -> socket.socket:
-    return socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2])), timeout=0.1)
+    return server.connect(timeout=0.1)
 
 
 def trickle(connection: socket.socket, start: bytes, drop: bytes) -> bytes:
@@ -67,11 +68,68 @@ def test_a_body_that_nobody_waits_for_is_cut_off_too(impatient):
         assert answer.startswith(b"HTTP/1.1 404")
 
 
-def test_a_head_without_bounds_is_refused_at_once(server):
+CHUNKED = b"POST /classify HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n1\r\nx\r\n"
+
+
+@pytest.mark.parametrize(
+    ("start", "more"),
+    [
+        (b"GET /livez HTTP/1.1\r\nx: ", b"x"),
+        (CHUNKED + b"0\r\nx: ", b"x"),
+        (CHUNKED + b"0\r\n", b"a: b\r\n"),
+        (CHUNKED + b"1;", b"x"),
+    ],
+    ids=["head", "trailer", "trailers", "chunk extension"],
+)
+def test_what_has_no_bounds_but_should_is_refused_at_once_in_the_one_shape(server, client, start, more):
+    name = 'carso_requests_total{code="431",endpoint="other"}'
+    before = sample(client.get("/metrics").text, name)
     began = time.monotonic()
     with connect(server) as connection:
-        trickle(connection, b"GET /livez HTTP/1.1\r\nx: ", b"x" * 70_000)
+        answer = trickle(connection, start, more * (70_000 // len(more)))
     assert time.monotonic() - began < 15  # where the time for a head is the default, 30
+    told(answer, 431, "head_too_large")
+    after = client.get("/metrics").text
+    assert sample(after, name) == before + 1
+    assert sample(after, 'carso_rejections_total{reason="head_too_large"}') >= 1
+
+
+def test_a_long_body_in_tiny_chunks_is_no_trailer(client):
+    chunks = (PNG[at : at + 1] for at in range(len(PNG)))
+    padded = (b"x" for _ in range(30_000))  # 180 kB on the wire
+    headers = {"content-type": "image/png"}
+    assert client.post("/classify/fast", content=chunks, headers=headers).status_code == 200
+    assert client.post("/classify/fast", content=padded, headers=headers).status_code == 400
+
+
+def told(answer: bytes, code: int, error: str) -> None:
+    head, _, body = answer.partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 %d " % code), answer
+    content = json.loads(body)
+    assert content["error"] == error
+    assert content["message"]
+    assert f"x-request-id: {content['request_id']}".encode() in head.lower()
+    assert b"connection: close" in head.lower()
+    assert b"cache-control: no-store" in head.lower()
+
+
+def test_what_is_no_http_is_refused_in_the_one_shape_counted_and_logged(server, client):
+    name = 'carso_rejections_total{reason="malformed_request"}'
+    before = sample(client.get("/metrics").text, name)
+    with connect(server) as connection:
+        answer = trickle(connection, b"what is this?\r\n\r\n", b"x")
+    told(answer, 400, "malformed_request")
+    assert sample(client.get("/metrics").text, name) == before + 1
+    request_id = json.loads(answer.partition(b"\r\n\r\n")[2])["request_id"]
+    assert any(request_id in line and '"code":400' in line for line in server.log.read_text().splitlines())
+
+
+def test_an_empty_line_does_not_keep_an_idle_connection(impatient):
+    began = time.monotonic()
+    with connect(impatient) as connection:
+        answer = trickle(connection, b"GET /livez HTTP/1.1\r\nhost: x\r\n\r\n", b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 200")
+    assert time.monotonic() - began < 15
 
 
 def test_others_are_answered_beside_a_hundred_of_them(impatient):
