@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 import logging
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 
 log = logging.getLogger("service")
@@ -14,6 +16,8 @@ log = logging.getLogger("service")
 BAD_SETTING = 2
 CANNOT_START = 1
 SWITCH_INTERVAL = 0.5e-3  # seconds
+MMAP_FROM = 2**20  # bytes of one allocation
+_M_MMAP_THRESHOLD = -3  # malloc.h
 # Seconds that an idle connection stays open: longer than load balancers keep theirs (AWS and nginx 60 by default), or
 # they would send requests over connections that are being closed.
 KEEP_ALIVE = 75
@@ -86,6 +90,10 @@ def _settle() -> None:
     # The engine comes back from every run of a graph wanting the interpreter, and by default waits 5 ms for the event
     # loop to give it up: longer than the run took.
     sys.setswitchinterval(SWITCH_INTERVAL)
+    # The buffers of a large image go back to the system when it is decoded. glibc by itself keeps them from the second
+    # one on, 24 MB after some hundred WebP files; other C libraries have no such setting, and no need of it.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_FROM)
 
 
 def _exit(error: Exception, code: int) -> None:

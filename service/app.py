@@ -30,7 +30,7 @@ from service.metrics import Metrics
 from service.native import Native
 from service.open_inference import Model
 from service.options import FastOptions, robust_options
-from service.pipeline import Path, Pipeline
+from service.pipeline import Ballot, Path, Pipeline
 from service.priority import give_way
 from service.probes import Probes
 from service.server import Lifecycle
@@ -62,11 +62,11 @@ def create_app(settings: Settings) -> FastAPI:
             f"CARSO_MAX_SAMPLES: {settings.max_samples} is not allowed with bundle {manifest.name}; it must be at "
             f"least {manifest.samples}, the votes that the bundle counts by default"
         )
-    largest = settings.max_images * (settings.max_samples + 1)
+    largest = settings.max_images * Ballot(samples=settings.max_samples, risk=0).price
     if settings.queue_rows < largest or settings.fast_queue_rows < settings.max_images:
         raise SettingsError(
             f"CARSO_QUEUE_ROWS: {settings.queue_rows}, CARSO_FAST_QUEUE_ROWS: {settings.fast_queue_rows} are not "
-            f"allowed with these limits; they must be at least {largest} = CARSO_MAX_IMAGES x (CARSO_MAX_SAMPLES + 1) "
+            f"allowed with these limits; they must be at least {largest} = CARSO_MAX_IMAGES x rows of an image "
             f"and {settings.max_images} = CARSO_MAX_IMAGES, or the largest request would never be taken"
         )
     if settings.bodies_bytes < settings.max_body_bytes:
@@ -92,7 +92,8 @@ def create_app(settings: Settings) -> FastAPI:
         queue_rows={"robust": settings.queue_rows, "fast": settings.fast_queue_rows},
     )
     lifecycle = Lifecycle()
-    metrics.watch(engine, lifecycle)
+    probes = Probes(engine, lifecycle, watchdog=settings.watchdog_s)
+    metrics.watch(engine, probes)
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="carso-decode")
 
     @asynccontextmanager
@@ -133,7 +134,6 @@ def create_app(settings: Settings) -> FastAPI:
         )
         for path in get_args(Path)
     ]
-    probes = Probes(engine, lifecycle, watchdog=settings.watchdog_s)
     routes.add_native(app, native, options, manifest.input, max_images=settings.max_images, evidence=settings.evidence)
     routes.add_operations(app, probes, metrics, _info(settings, bundle, provider=provider))
     routes.add_open_inference(app, probes, models)

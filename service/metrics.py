@@ -23,7 +23,7 @@ from service.bundle import Bundle
 from service.engine import Engine
 from service.gpus import Gpus
 from service.pipeline import Job, Outcome, Path, Spared, Step
-from service.server import Lifecycle
+from service.probes import Probes
 from service.sessions import CUDA, Device, Precision
 from service.vote import Rule
 
@@ -105,14 +105,16 @@ class Metrics:
         if provider == CUDA and (gpus := Gpus.find()):
             registry.register(gpus)
 
-    def watch(self, engine: Engine, lifecycle: Lifecycle) -> None:
+    def watch(self, engine: Engine, probes: Probes) -> None:
         """Show at every scrape what `engine` owes, and whether the process is ready."""
-        ready = Gauge("carso_ready", "1: send requests; 0: draining, or the engine is dead.", registry=self._registry)
-        ready.set_function(lambda: float(engine.alive and not lifecycle.draining))
+        ready = Gauge(
+            "carso_ready", "1: send requests; 0: draining, or the engine dead or stuck.", registry=self._registry
+        )
+        ready.set_function(lambda: float(probes.is_ready))
         rows, limit, wait, pace, jobs = (
             Gauge(f"carso_{name}", text, ["path"], registry=self._registry)
             for name, text in {
-                "queue_rows": "Rows of work owed: images x samples, less what is done, spared or dropped.",
+                "queue_rows": "Rows of work owed: images x samples, or 64 an image, less what is done or spared.",
                 "queue_limit_rows": "Rows of work that may be owed; beyond that, requests get 429.",
                 "estimated_wait_seconds": "Until the rows owed are done, at the measured pace.",
                 "rows_per_second": "The measured pace: rows of work done or spared per second of the engine's work.",

@@ -28,3 +28,11 @@ class Probes:
         if self._lifecycle.draining:
             raise NotReady("this process is stopping: send requests to another replica")
         self.live()
+
+    @property
+    def is_ready(self) -> bool:
+        try:
+            self.ready()
+        except NotReady:
+            return False
+        return True

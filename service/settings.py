@@ -114,7 +114,7 @@ class Settings(BaseSettings):
         default=2**20,
         ge=1,
         le=2**40,
-        description="Rows of work (images x samples) that the robust path may owe; more is refused with 429.",
+        description="Rows of work (images x samples, or 64 an image) that the robust path may owe; more gets 429.",
     )
     fast_queue_rows: int = Field(
         default=2**14, ge=1, le=2**40, description="Images that the fast path may owe; more is refused with 429."
@@ -130,7 +130,10 @@ class Settings(BaseSettings):
         default=30, ge=0, le=3600, description="Seconds that requests in flight then have to finish."
     )
     watchdog_s: float = Field(
-        default=30, ge=0.1, le=3600, description="Seconds that one step of the engine may take before liveness fails."
+        default=30,
+        ge=0.1,
+        le=3600,
+        description="Seconds without a step of the engine, while it has work, after which liveness fails.",
     )
     api_keys_file: Path | None = Field(
         default=None,
