@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -28,7 +28,7 @@ SCORE_TOLERANCE = 1e-3
 VOTE_TOLERANCE: dict[Precision, float] = {"float32": 0.02, "int8": 0.10}
 
 # On CUDA every new shape makes the arena grow and kernels be chosen anew, so batches are padded to a few fixed sizes,
-# each run once at start. On the CPU padding would only cost.
+# each run once at start. On the CPU padding would only cost, and so would binding.
 CUDA_BUCKETS = (32, 128, 512, 2048, 8192)
 
 
@@ -44,6 +44,8 @@ class FirstPass:
 
 class Sessions:
     """Both graphs of one bundle, built on one device. Not for use by two threads at once."""
+
+    provider: str  # the execution provider really in use, as the built session tells
 
     def __init__(
         self,
@@ -63,14 +65,16 @@ class Sessions:
         Raises DeviceError.
         """
         # a first pass is too small to share out: waking a second thread takes longer
-        self._first_pass = _build(FIRST_PASS, bundle.first_pass, device, _options(threads=1, spin=spin))
+        first_pass = _build(FIRST_PASS, bundle.first_pass, device, _options(threads=1, spin=spin))
+        self.provider = _provider(first_pass)
         options = _options(threads=threads or usable_cpus(), spin=spin)
         if precision == "int8":
-            self._vote = _build(VOTE_INT8, _int8_graph(bundle, provider=self.provider), "cpu", options)
+            vote = _build(VOTE_INT8, _int8_graph(bundle, provider=self.provider), "cpu", options)
         else:
             # what the first session got, the second must get too
-            self._vote = _build(VOTE, bundle.vote, "cuda" if self.provider == CUDA else "cpu", options)
+            vote = _build(VOTE, bundle.vote, "cuda" if self.provider == CUDA else "cpu", options)
         self._buckets = tuple((CUDA_BUCKETS if self.provider == CUDA else ()) if buckets is None else buckets)
+        self._first_pass, self._vote = (_Batches(session, self._buckets) for session in (first_pass, vote))
         try:
             self._warm(bundle)
             self._check(bundle, vote_tolerance=VOTE_TOLERANCE[precision])
@@ -82,14 +86,9 @@ class Sessions:
                 "look at the device's memory and libraries."
             ) from e
 
-    @property
-    def provider(self) -> str:
-        """The execution provider really in use, as the built session tells."""
-        return str(self._first_pass.get_providers()[0])
-
     def first_pass(self, images: np.ndarray) -> FirstPass:
         """[B, *shape] float32 in the bundle's value range -> class probabilities and codes."""
-        found = self._first_pass.run(["probabilities", "codes"], {"images": self._padded(images)})
+        found = self._first_pass.run(("probabilities", "codes"), {"images": images})
         return FirstPass(*(array[: len(images)] for array in found))
 
     def vote(self, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
@@ -102,17 +101,7 @@ class Sessions:
 
     def _second_pass(self, output: str, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
         feeds = {"codes": codes, "code_index": code_index, "latents": latents}
-        found: np.ndarray = self._vote.run([output], {name: self._padded(array) for name, array in feeds.items()})[0]
-        return found[: len(latents)]
-
-    def _padded(self, array: np.ndarray) -> np.ndarray:
-        """`array` with rows of zeros up to the next bucket; row 0 is a code that is always there."""
-        rows = next((bucket for bucket in self._buckets if bucket >= len(array)), len(array))
-        if rows == len(array):
-            return array
-        padded = np.zeros((rows, *array.shape[1:]), array.dtype)
-        padded[: len(array)] = array
-        return padded
+        return self._vote.run((output,), feeds)[0][: len(latents)]
 
     def _warm(self, bundle: Bundle) -> None:
         """Run every bucket once, so that no request pays for a first time."""
@@ -145,6 +134,62 @@ class Sessions:
         log.info(
             "self-test passed on %s: scores off by %.1g, %.1f%% of votes differ", self.provider, strayed, 100 * other
         )
+
+
+class _Batches:
+    """Runs one session on batches that are padded to fixed sizes, where there are any.
+
+    Of each combination of sizes it keeps the inputs in buffers on the device, which stay where they are (IOBinding), so
+    that a run allocates nothing there, and copies no output but those asked for.
+    """
+
+    def __init__(self, session: ort.InferenceSession, sizes: Sequence[int]) -> None:
+        """`sizes`: ascending; a larger batch runs as it is."""
+        self._session = session
+        self._sizes = sizes
+        self._device = "cuda" if _provider(session) == CUDA else "cpu"
+        self._bound: dict[tuple[object, ...], tuple[ort.IOBinding, dict[str, ort.OrtValue]]] = {}
+
+    def run(self, outputs: tuple[str, ...], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs, of as many rows as the padded inputs have."""
+        padded = {name: self._padded(array) for name, array in feeds.items()}
+        found: list[np.ndarray]
+        if not all(len(array) in self._sizes for array in padded.values()):
+            found = self._session.run(list(outputs), padded)
+            return found
+        key = (outputs, *(len(array) for array in padded.values()))
+        if key not in self._bound:
+            self._bound[key] = self._bind(outputs, padded)
+        binding, inputs = self._bound[key]
+        for name, array in padded.items():
+            inputs[name].update_inplace(np.ascontiguousarray(array))
+        self._session.run_with_iobinding(binding)
+        found = binding.copy_outputs_to_cpu()
+        return found
+
+    def _bind(
+        self, outputs: Iterable[str], feeds: Mapping[str, np.ndarray]
+    ) -> tuple[ort.IOBinding, dict[str, ort.OrtValue]]:
+        binding = self._session.io_binding()
+        inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in feeds.items()}
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name)  # on the CPU
+        return binding, inputs
+
+    def _padded(self, array: np.ndarray) -> np.ndarray:
+        """`array` with rows of zeros up to the next size; row 0 is a code that is always there."""
+        rows = next((size for size in self._sizes if size >= len(array)), len(array))
+        if rows == len(array):
+            return array
+        padded = np.zeros((rows, *array.shape[1:]), array.dtype)
+        padded[: len(array)] = array
+        return padded
+
+
+def _provider(session: ort.InferenceSession) -> str:
+    return str(session.get_providers()[0])
 
 
 def _int8_graph(bundle: Bundle, *, provider: str) -> bytes:

@@ -156,6 +156,20 @@ def test_batches_padded_to_fixed_sizes_give_the_same_answers(bundle, sessions, r
     np.testing.assert_allclose(*purified, atol=1e-6)
 
 
+def test_a_smaller_batch_sees_nothing_of_a_larger_one_in_the_same_buffers(bundle, sessions):
+    bound = Sessions(bundle, device="cpu", threads=1, buckets=(4, 32))
+    latents = np.random.default_rng(1).standard_normal((32, SMALL.purifier.latent), dtype=np.float32)
+    codes = sessions.first_pass(random_images(32)).codes
+    earlier = bound.first_pass(random_images(32))
+    kept = earlier.codes.copy()
+    for images, rows in ((32, 32), (1, 5), (3, 17), (32, 31), (2, 4)):
+        code_index = np.arange(rows) % images
+        arguments = codes[:images], code_index, latents[:rows]
+        np.testing.assert_array_equal(bound.vote(*arguments), sessions.vote(*arguments))
+        np.testing.assert_allclose(bound.first_pass(random_images(rows)).codes, codes[:rows], atol=1e-6)
+    np.testing.assert_array_equal(earlier.codes, kept)  # answers are no views of the buffers
+
+
 def test_probabilities_and_purified_images_are_in_their_ranges(sessions):
     images = random_images(50)
     first = sessions.first_pass(images)
