@@ -31,7 +31,7 @@ check: .venv/dev  ## run all that CI runs: lint, types, tests
 	.ci/run
 
 deploy-check: .venv/dev  ## build and run every deployment artefact (root on Debian 12)
-	tests/deploy/run
+	tests/deploy/run --gpu --training
 
 format: .venv/dev  ## format the code
 	$(BIN)/ruff format .

@@ -225,7 +225,7 @@ async def refuse(request: Request, error: Exception) -> Response:
 
 def _request_id(given: bytes) -> str:
     """The caller's, if it is well-formed and not long; else a fresh one, which need be no secret."""
-    return given.decode() if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"  # noqa: S311
+    return given.decode() if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _with_headers(send: Send, exchange: Exchange, *, path: str, closing: bool) -> Send:
