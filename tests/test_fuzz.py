@@ -31,8 +31,8 @@ BINARY = json.dumps({"inputs": [PACKED]}).encode()
 
 REQUESTS = 10_000
 OPERATIONS = 6  # that take a body, and get nearly all of what schemathesis makes up
-EXAMPLES = 200  # per operation, in each half of the test
-MUTANTS = 4000  # in each half of the test
+EXAMPLES = 100  # per operation, in each half of the test
+MUTANTS = 4800  # in each half of the test
 LEAK = 16 * 2**20  # bytes: less than the second half's bodies, and more than an allocator's moods
 
 MULTIPART = (

@@ -245,13 +245,15 @@ def stops(
     votes = np.full(len(trials), rule.samples)
     expected = (orders.winner if winner_expected else orders.rival) == orders.leader
     if by_ballots:
+        shape = 3 * (rule.samples + 1,) + (2,)
         first = rule.ballot(leader=0, runner_up=0, cast=0, expected=True)
         going, cast = trials, np.full(len(trials), first)
         while len(going):
             here = going, cast - 1
-            at = (orders.leader[here], orders.runner_up[here], cast, expected[here])
-            counts, which = np.unique(np.stack(at), axis=1, return_inverse=True)
-            further = np.array([ballot_or_zero(rule, *count) for count in counts.T.tolist()])[which]
+            at = orders.leader[here], orders.runner_up[here], cast, expected[here]
+            counts, which = np.unique(np.ravel_multi_index(at, shape), return_inverse=True)
+            counts = np.transpose(np.unravel_index(counts, shape)).tolist()
+            further = np.array([ballot_or_zero(rule, *count) for count in counts])[which]
             votes[going] = cast
             going, cast = going[further > 0], (cast + further)[further > 0]
     else:

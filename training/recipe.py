@@ -68,13 +68,13 @@ PRESETS = {
         ),
         Recipe(
             name="mnist-fcn-quick",
-            train_images=12_000,
-            validation_images=1000,
-            test_images=500,
-            undefended=Schedule(epochs=4, peak_lr=0.01, averaging=0.98),
-            adversarial=Schedule(epochs=6, peak_lr=0.01, averaging=0.98),
+            train_images=8000,
+            validation_images=500,
+            test_images=300,
+            undefended=Schedule(epochs=4, peak_lr=0.01, averaging=0.97),
+            adversarial=Schedule(epochs=6, peak_lr=0.01, averaging=0.97),
             training_pgd_steps=5,
-            purification=Schedule(epochs=6, peak_lr=0.003, averaging=0.98),
+            purification=Schedule(epochs=4, peak_lr=0.003, batch_size=128, averaging=0.97),
         ),
     )
 }
