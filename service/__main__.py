@@ -71,6 +71,7 @@ def _serve() -> None:
         log_config=None,  # uvicorn's loggers join ours
         access_log=False,  # service.envelope writes that line
         server_header=False,
+        proxy_headers=False,  # nothing here asks who the client is
         timeout_keep_alive=KEEP_ALIVE,
     )
     Server(

@@ -106,7 +106,7 @@ class Engine:
         If the awaiting task is cancelled, the job's elections leave at the next round. Raises QueueFull, EngineStopped,
         EngineDead, and EngineError if the engine fails meanwhile.
         """
-        if not self.alive or self._loop is None:
+        if self._failure or self._stopped or self._loop is None:
             kind = EngineDead if self._failure else EngineStopped
             raise kind(f"the engine is not running: {self._failure or 'stopped'}")
         self.admission[job.path].admit(job.rows)

@@ -26,6 +26,10 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._timer: asyncio.TimerHandle | None = None
+            # seconds for what has begun: a head, or a body; None: nothing has. Timed, from the end of the bytes that
+            # began it: most requests come whole, and need no timer.
+            self._seconds: float | None = None
+            self._timed = True
             # bytes since a message began, its headers ended, or some of its body came: of its head, or of trailers and
             # what else surrounds the chunks of a body; None: no message is under way
             self._head: int | None = 0
@@ -38,6 +42,8 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
             if self._head is not None:
                 self._head += len(data)
             super().data_received(data)  # may end this head, and begin others
+            if not self._timed:
+                self._close_after(self._seconds)
             if self._head is not None:
                 if self._head > HEAD_BYTES and not self.transport.is_closing():
                     what = "the request line and headers, or the trailers,"
@@ -49,11 +55,11 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
         def on_message_begin(self) -> None:
             super().on_message_begin()
             self._head = 0
-            self._close_after(receive_timeout)
+            self._begin(receive_timeout)
 
         def on_headers_complete(self) -> None:
             self._head = 0
-            self._close_after(receive_timeout + GRACE)
+            self._begin(receive_timeout + GRACE)
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
@@ -62,11 +68,11 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
 
         def on_message_complete(self) -> None:
             self._head = None
-            self._keep()
+            self._begin(None)
             super().on_message_complete()
 
         def connection_lost(self, exc: Exception | None) -> None:
-            self._keep()
+            self._close_after(None)
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
@@ -78,13 +84,14 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
                 self.transport.write(answer)
             self.transport.close()
 
-        def _close_after(self, seconds: float) -> None:
-            self._keep()
-            self._timer = self.loop.call_later(seconds, self.transport.close)
+        def _begin(self, seconds: float | None) -> None:
+            self._seconds, self._timed = seconds, False
 
-        def _keep(self) -> None:
+        def _close_after(self, seconds: float | None) -> None:
+            """None: no longer."""
+            self._timed = True
             if self._timer is not None:
                 self._timer.cancel()
-                self._timer = None
+            self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
 
     return Bounded
