@@ -148,9 +148,12 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(tiny_recipe: Path, ti
         )
 
 
-def test_a_finished_run_is_not_trained_again(tiny_recipe: Path, tiny_run: Path) -> None:
+def test_a_finished_run_is_not_trained_again(
+    tiny_recipe: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted(tiny_run.rglob("*")) if path.is_file()}
-    carso_train("run", tiny_recipe, "--folder", tiny_run)
+    monkeypatch.setattr(sys, "argv", ["carso-train", "run", str(tiny_recipe), "--folder", str(tiny_run)])
+    main()
     assert before == {path: path.stat().st_mtime_ns for path in sorted(tiny_run.rglob("*")) if path.is_file()}
 
 

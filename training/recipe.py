@@ -68,13 +68,13 @@ PRESETS = {
         ),
         Recipe(
             name="mnist-fcn-quick",
-            train_images=8000,
+            train_images=6000,
             validation_images=500,
             test_images=300,
-            undefended=Schedule(epochs=4, peak_lr=0.01, averaging=0.97),
-            adversarial=Schedule(epochs=6, peak_lr=0.01, averaging=0.97),
+            undefended=Schedule(epochs=3, peak_lr=0.01, batch_size=128, averaging=0.97),
+            adversarial=Schedule(epochs=5, peak_lr=0.01, batch_size=128, averaging=0.97),
             training_pgd_steps=5,
-            purification=Schedule(epochs=4, peak_lr=0.003, batch_size=128, averaging=0.97),
+            purification=Schedule(epochs=3, peak_lr=0.003, batch_size=64, averaging=0.97),
         ),
     )
 }

@@ -14,6 +14,7 @@ from service.bundle import Bundle
 from service.engine import Engine
 from service.metrics import Metrics
 from service.pipeline import Pipeline
+from service.probes import Probes
 from service.server import Lifecycle
 from service.sessions import Sessions
 from tests.deploy.dashboard import Query, annotations, choices, dashboard, queries
@@ -78,7 +79,8 @@ def test_alerts_and_dashboard_use_only_metrics_that_the_service_or_a_rule_makes(
     metrics = Metrics(bundle, device="cpu", provider="CPUExecutionProvider", precision="float32")
     sessions = Sessions(bundle, device="cpu", threads=1)
     pipeline = Pipeline(sessions, latent=bundle.manifest.latent, classes=len(bundle.manifest.classes), round_rows=128)
-    metrics.watch(Engine(pipeline, observe=metrics.step, queue_rows={"robust": 1, "fast": 1}), Lifecycle())
+    engine = Engine(pipeline, observe=metrics.step, queue_rows={"robust": 1, "fast": 1})
+    metrics.watch(engine, Probes(engine, Lifecycle(), watchdog=1))
     metrics.request(endpoint="/classify", code=200, seconds=0.1)
     metrics.refusal("overloaded")
     made = set(re.findall(r"^(\w+)[{ ]", metrics.page().decode(), re.MULTILINE)) | {"up", "ALERTS"}
