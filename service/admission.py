@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 
 WINDOW = 5.0  # seconds of work over which the pace is measured
+MEASURED = 0.1  # seconds of work that say something of it: the very first step may be a first pass alone, of one row
 PATIENCE = 1.0, 60.0  # seconds: the least and the most that a caller is told to wait
 
 
@@ -40,7 +41,7 @@ class Admission:
     @property
     def pace(self) -> float:
         """Rows per second of work, cast or spared by early stopping; 0: not measured yet."""
-        return self._recent_rows / self._recent_seconds if self._recent_seconds else 0.0
+        return self._recent_rows / self._recent_seconds if self._recent_seconds >= MEASURED else 0.0
 
     @property
     def wait(self) -> float:

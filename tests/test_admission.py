@@ -43,6 +43,16 @@ def test_the_wait_follows_from_the_queue_and_the_measured_pace():
     assert full.value.wait == pytest.approx((500 + 1000 - 1000) / 100)
 
 
+def test_a_first_pass_alone_says_nothing_of_the_pace():
+    admission = Admission(50_001)
+    admission.admit(50_001)
+    admission.settle(1, seconds=0.005)
+    assert (admission.pace, admission.wait) == (0, 0)
+    with pytest.raises(QueueFull) as full:
+        admission.check(50_001)
+    assert full.value.wait == 1
+
+
 def test_a_caller_is_told_to_wait_between_a_second_and_a_minute():
     admission = Admission(10**9)
     admission.admit(10**9)

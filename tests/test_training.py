@@ -153,7 +153,9 @@ def test_a_finished_run_is_not_trained_again(
 ) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted(tiny_run.rglob("*")) if path.is_file()}
     monkeypatch.setattr(sys, "argv", ["carso-train", "run", str(tiny_recipe), "--folder", str(tiny_run)])
-    main()
+    with pytest.raises(SystemExit) as exited:
+        main()
+    assert not exited.value.code
     assert before == {path: path.stat().st_mtime_ns for path in sorted(tiny_run.rglob("*")) if path.is_file()}
 
 
