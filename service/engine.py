@@ -85,7 +85,8 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        return self._thread.is_alive() and self._failure is None and not self._stopped
+        """Whether it takes jobs; its thread ends by a failure or by `stop`."""
+        return self._loop is not None and self._failure is None and not self._stopped
 
     def stalled(self, seconds: float) -> bool:
         """Whether there is work and no step has ended for longer than that, even if nobody waits for it any more."""
@@ -106,7 +107,7 @@ class Engine:
         If the awaiting task is cancelled, the job's elections leave at the next round. Raises QueueFull, EngineStopped,
         EngineDead, and EngineError if the engine fails meanwhile.
         """
-        if self._failure or self._stopped or self._loop is None:
+        if not self.alive or self._loop is None:
             kind = EngineDead if self._failure else EngineStopped
             raise kind(f"the engine is not running: {self._failure or 'stopped'}")
         self.admission[job.path].admit(job.rows)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 import pytest
@@ -54,8 +54,12 @@ async def engine(pipeline, steps) -> AsyncIterator[Engine]:
 
 async def rounds_went_by(steps: list[Step], count: int) -> None:
     start = len(steps)
+    await until(lambda: len(steps) >= start + count)
+
+
+async def until(condition: Callable[[], bool]) -> None:
     async with asyncio.timeout(TIMEOUT):
-        while len(steps) < start + count:
+        while not condition():
             await asyncio.sleep(0.001)
 
 
@@ -221,9 +225,7 @@ async def test_jobs_that_are_done_are_answered_even_if_the_engine_is_abandoned_m
     assert await asyncio.wait_for(asyncio.gather(*tasks), TIMEOUT) == jobs
     with pytest.raises(EngineStopped):
         await unanswered
-    async with asyncio.timeout(TIMEOUT):
-        while endless not in [job for step in steps for job in step.finished]:  # then it costs no more rows
-            await asyncio.sleep(0.001)
+    await until(lambda: endless in [job for step in steps for job in step.finished])  # and costs no more rows
 
 
 # --- the watchdog -----------------------------------------------------------------------------------------------------

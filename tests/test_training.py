@@ -21,9 +21,9 @@ from tests.server import serving
 from training import data
 from training.__main__ import main
 from training.evaluate import pipeline_of
-from training.recipe import PRESETS
 
 CARSO_TRAIN = (sys.executable, "-m", "training")
+InProcess = Callable[..., tuple[int, str]]  # arguments -> exit status, standard error
 
 TINY = {
     "name": "tiny",
@@ -48,6 +48,19 @@ def carso_train(*arguments: object, **environment: str) -> None:
     )
     if done.returncode:
         pytest.fail(f"carso-train {' '.join(map(str, arguments))} failed:\n{done.stdout}\n{done.stderr}")
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> InProcess:
+    """carso-train without a process of its own, which would take seconds to import torch."""
+
+    def run(*arguments: object) -> tuple[int, str]:
+        monkeypatch.setattr(sys, "argv", ["carso-train", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exited:
+            main()
+        return exited.value.code, capsys.readouterr().err
+
+    return run
 
 
 @pytest.fixture(scope="session")
@@ -112,11 +125,9 @@ def test_the_service_answers_from_a_quick_runs_bundle_as_the_offline_pipeline_do
 
 
 def test_metrics_have_a_row_per_epoch_and_the_loss_falls(quick_run: Path) -> None:
-    recipe = PRESETS["mnist-fcn-quick"]
-    stages = {"undefended": recipe.undefended, "adversarial": recipe.adversarial, "purifier": recipe.purification}
-    for stage, schedule in stages.items():
+    for stage, epochs in (("undefended", 3), ("adversarial", 5), ("purifier", 3)):
         table = np.genfromtxt(quick_run / stage / "metrics.csv", delimiter=",", names=True)
-        assert table["epoch"].tolist() == list(range(1, schedule.epochs + 1))
+        assert table["epoch"].tolist() == list(range(1, epochs + 1))
         assert table["loss"][-1] < 0.9 * table["loss"][0]
 
 
@@ -148,14 +159,10 @@ def test_a_killed_run_goes_on_and_ends_in_the_same_weights(tiny_recipe: Path, ti
         )
 
 
-def test_a_finished_run_is_not_trained_again(
-    tiny_recipe: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_not_trained_again(tiny_recipe: Path, tiny_run: Path, in_process: InProcess) -> None:
     before = {path: path.stat().st_mtime_ns for path in sorted(tiny_run.rglob("*")) if path.is_file()}
-    monkeypatch.setattr(sys, "argv", ["carso-train", "run", str(tiny_recipe), "--folder", str(tiny_run)])
-    with pytest.raises(SystemExit) as exited:
-        main()
-    assert not exited.value.code
+    code, _ = in_process("run", tiny_recipe, "--folder", tiny_run)
+    assert code == 0
     assert before == {path: path.stat().st_mtime_ns for path in sorted(tiny_run.rglob("*")) if path.is_file()}
 
 
@@ -167,25 +174,12 @@ def test_attacked_images_are_made_again_if_the_classifier_changes(tiny_run: Path
     assert all(size == 128 + 1000 * 784 * 2 for size in sizes.values())
 
 
-@pytest.fixture
-def refused(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
-    """What a command that is refused says, in this process: a new one takes seconds to import torch."""
-
-    def run(*arguments: object) -> str:
-        monkeypatch.setattr(sys, "argv", ["carso-train", *map(str, arguments)])
-        with pytest.raises(SystemExit) as exited:
-            main()
-        assert exited.value.code == 1
-        return capsys.readouterr().err
-
-    return run
-
-
 def test_a_folder_of_another_recipe_is_refused_by_name(
-    tiny_recipe: Path, tiny_run: Path, refused: Callable[..., str]
+    tiny_recipe: Path, tiny_run: Path, in_process: InProcess
 ) -> None:
-    said = refused("run", tiny_recipe, "--seed", 7, "--folder", tiny_run)
-    assert "seed" in said and "--folder" in said
+    code, said = in_process("run", tiny_recipe, "--seed", 7, "--folder", tiny_run)
+    assert code == 1
+    assert "seed" in said and "--folder" in said and "Traceback" not in said
 
 
 def test_two_processes_train_together_and_write_one_bundle(tiny_recipe: Path, tmp_path: Path, mnist: Path) -> None:
@@ -196,8 +190,10 @@ def test_two_processes_train_together_and_write_one_bundle(tiny_recipe: Path, tm
 
 
 @pytest.mark.parametrize("name", ["no-such-preset", "no-such-file.json"])
-def test_an_unknown_recipe_is_refused_by_name(name: str, refused: Callable[..., str]) -> None:
-    assert name in refused("run", name)
+def test_an_unknown_recipe_is_refused_with_what_there_is(name: str, in_process: InProcess) -> None:
+    code, said = in_process("run", name)
+    assert code == 1
+    assert name in said and "Traceback" not in said
 
 
 def test_validation_images_are_never_trained_on(mnist: Path) -> None:
