@@ -9,11 +9,10 @@ import sys
 from pathlib import Path
 
 import uvicorn
+from carso.bundle import Bundle
+from carso.images.reader import Reader
 from fastapi import FastAPI, Request, Response
 from pydantic_core import to_json
-
-from service.bundle import Bundle
-from service.images import Reader
 
 
 def create_app(bundle: Bundle) -> FastAPI:

@@ -7,11 +7,11 @@ from collections.abc import Callable
 import numpy as np
 import onnxruntime as ort
 import torch
+from carso.bundle import Bundle
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from benchmarks.weights import classifier_of, purifier_of
-from service.bundle import Bundle
 
 Shape = tuple[int, int]  # inputs, outputs
 

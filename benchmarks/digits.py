@@ -5,9 +5,8 @@ from __future__ import annotations
 import io
 
 import torch
+from carso_training.data import load
 from PIL import Image
-
-from training.data import load
 
 
 def png_digits(count: int, *, seed: int = 0) -> list[bytes]:

@@ -14,6 +14,10 @@ import numpy as np
 import onnxruntime as ort
 import torch
 import typer
+from carso.bundle import Bundle
+from carso.inference.sessions import Sessions, usable_cpus
+from carso.inference.vote import LARGEST_BALLOT
+from carso.settings import Settings
 from threadpoolctl import threadpool_limits
 
 from benchmarks import ceiling
@@ -21,10 +25,6 @@ from benchmarks.full_count import ServiceWays, TorchWays
 from benchmarks.operators import profile
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, table
 from benchmarks.timing import Way, interleaved, ratios, spread
-from service.bundle import Bundle
-from service.sessions import Sessions, usable_cpus
-from service.settings import Settings
-from service.vote import LARGEST_BALLOT
 
 BALLOTS, RISK_BALLOTS, ONE_BATCH = "service, exact ballots", "service, risk 1e-3 ballots", "service, one batch"
 LOOP, BATCH, FOLDED = "PyTorch, a loop", "PyTorch, one batch", "PyTorch, one folded batch"

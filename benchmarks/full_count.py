@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from carso.bundle import Bundle
+from carso.inference.pipeline import Ballot, Pipeline
+from carso.inference.sessions import FirstPass, Sessions
+from carso_training.graphs import VoteGraph
+from carso_training.networks import Classifier, Purifier
 
 from benchmarks.weights import classifier_of, purifier_of
-from service.bundle import Bundle
-from service.pipeline import Ballot, Pipeline
-from service.sessions import FirstPass, Sessions
-from training.graphs import VoteGraph
-from training.networks import Classifier, Purifier
 
 
 class DeadHeat:

@@ -13,10 +13,9 @@ from typing import Annotated, Any
 import litserve as ls
 import numpy as np
 import typer
-
-from service.bundle import Bundle
-from service.images import Reader
-from service.sessions import Sessions
+from carso.bundle import Bundle
+from carso.images.reader import Reader
+from carso.inference.sessions import Sessions
 
 
 class Peer(ls.LitAPI):

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-
-from service.bundle import Bundle
+from carso.bundle import Bundle
 
 WARM_UP = 3  # runs that are not counted
 

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from carso.bundle import Bundle
+from carso.inference.sessions import usable_cpus
 
 from benchmarks.digits import png_digits
 from benchmarks.load import request
@@ -23,8 +25,6 @@ from benchmarks.phases import Phase, Target, measure, median, series
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
 from benchmarks.servers import Server, carso, running
 from benchmarks.timing import spread
-from service.bundle import Bundle
-from service.sessions import usable_cpus
 
 CONCURRENCIES = (1, 8, 32)
 EXACT, DEFAULT = "carso, exact", "carso, default risk"

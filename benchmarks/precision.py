@@ -12,16 +12,16 @@ from typing import Annotated
 import numpy as np
 import torch
 import typer
+from carso.bundle import Bundle
+from carso.inference.sessions import Sessions
+from carso_training.attacked import attacked_batches
+from carso_training.attacks import PUBLISHED
+from carso_training.data import load
 from rich.progress import track
 
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
 from benchmarks.timing import interleaved, ratios, spread
 from benchmarks.weights import classifier_of
-from service.bundle import Bundle
-from service.sessions import Sessions
-from training.attacked import attacked_batches
-from training.attacks import PUBLISHED
-from training.data import load
 
 ROWS = (12, 64, 256, 1500)
 CHUNK = 20  # images whose votes are cast in one run

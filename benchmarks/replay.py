@@ -10,9 +10,8 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-
-from service.sessions import Sessions
-from service.vote import Rule, StoppingRule
+from carso.inference.sessions import Sessions
+from carso.inference.vote import Rule, StoppingRule
 
 
 class Count(NamedTuple):

@@ -13,12 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from carso.bundle import Bundle
+from carso.inference.sessions import usable_cpus
+from carso.settings import REFERENCE_BUNDLE
 from rich.console import Console
 from rich.table import Table
-
-from service.bundle import Bundle
-from service.sessions import usable_cpus
-from service.settings import REFERENCE_BUNDLE
 
 BundleFolder = Annotated[Path, typer.Option("--bundle", help="Folder of the bundle.")]
 JsonFile = Annotated[Path | None, typer.Option("--json", help="Keep every figure, and the machine's facts, here.")]

@@ -16,6 +16,7 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from carso.bundle import Bundle
 
 from benchmarks.digits import png_digits
 from benchmarks.load import drive, request
@@ -23,7 +24,6 @@ from benchmarks.phases import Phase, Target, measure, median, series
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
 from benchmarks.servers import carso, running
 from benchmarks.timing import spread
-from service.bundle import Bundle
 
 CONCURRENCIES = (1, 8, 32, 128)
 SATURATED = 32  # connections at which capacity is taken

@@ -12,11 +12,11 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 import typer
+from carso.inference.vote import StoppingRule
 from rich.progress import track
 
 from benchmarks.replay import replay
 from benchmarks.report import progress_console
-from service.vote import StoppingRule
 
 SAMPLES, CLASSES = 1500, 10
 RISKS = {1e-2: "risk 0.01", 1e-3: "risk 0.001", 1e-6: "risk 0.000001", 0.0: "exact"}

@@ -13,11 +13,11 @@ from typing import Annotated
 
 import numpy as np
 import typer
+from carso.bundle import Bundle
+from carso.inference.sessions import Sessions, usable_cpus
 from rich.progress import track
 
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
-from service.bundle import Bundle
-from service.sessions import Sessions, usable_cpus
 
 ROWS = (0, 12, 64, 256, 512)  # 0: a first pass of one image; 12: an undisputed image's votes at risk 1e-3
 PAUSE = 1e-3  # seconds

@@ -14,19 +14,19 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 import typer
+from carso.bundle import Bundle
+from carso.inference.pipeline import Ballot, Job, Outcome, Pipeline
+from carso.inference.sessions import Sessions
+from carso.inference.vote import StoppingRule
+from carso.settings import Settings
+from carso_training.attacked import attacked_batches
+from carso_training.attacks import PUBLISHED
+from carso_training.data import Dataset, load
 from rich.progress import Progress
 
 from benchmarks.replay import cast_all, one_by_one, replay
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
 from benchmarks.weights import classifier_of
-from service.bundle import Bundle
-from service.pipeline import Ballot, Job, Outcome, Pipeline
-from service.sessions import Sessions
-from service.settings import Settings
-from service.vote import StoppingRule
-from training.attacked import attacked_batches
-from training.attacks import PUBLISHED
-from training.data import Dataset, load
 
 RISKS = (1e-2, 1e-3, 1e-6, 0.0)
 PERCENTILES = (50, 90, 99)

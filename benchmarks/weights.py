@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+from carso.bundle import Bundle
+from carso_training.networks import Classifier, ClassifierConfig, Purifier, PurifierConfig
 from pydantic import TypeAdapter
 from safetensors.torch import load_file
-
-from service.bundle import Bundle
-from training.networks import Classifier, ClassifierConfig, Purifier, PurifierConfig
 
 
 def classifier_of(bundle: Bundle) -> Classifier:

@@ -16,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from carso.bundle import sealed
+from carso_training.export import export
+from carso_training.networks import Classifier, ClassifierConfig, Purifier, PurifierConfig, SystemConfig
 from torch import nn
-
-from service.bundle import sealed
-from training.export import export
-from training.networks import Classifier, ClassifierConfig, Purifier, PurifierConfig, SystemConfig
 
 REFERENCE = SystemConfig()  # the published sizes
 SMALL = SystemConfig(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import httpx
 import numpy as np
+from carso.api.answers import ErrorAnswer
 
-from service.answers import ErrorAnswer
 from tests.pictures import encoded, npy
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (3, 8, 8), np.uint8)  # three images

@@ -6,12 +6,12 @@ import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from carso.bundle import Bundle
+from carso.inference.admission import Admission, QueueFull
+from carso.inference.engine import Engine
+from carso.inference.pipeline import Ballot, Job, Pipeline
+from carso.inference.sessions import Sessions
 
-from service.admission import Admission, QueueFull
-from service.bundle import Bundle
-from service.engine import Engine
-from service.pipeline import Ballot, Job, Pipeline
-from service.sessions import Sessions
 from tests.bundles import SMALL, random_images, shared_bundle
 from tests.calls import as_png, sample
 from tests.server import serving

@@ -9,12 +9,8 @@ import foolbox
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from torch import Tensor
-
-from training import data
-from training.attacks import (
+from carso_training import data
+from carso_training.attacks import (
     PUBLISHED,
     Attack,
     attack_images,
@@ -24,7 +20,10 @@ from training.attacks import (
     pgd,
     project,
 )
-from training.networks import Classifier, ClassifierConfig
+from carso_training.networks import Classifier, ClassifierConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
 
 ROUNDING = 1e-6  # of float32 in x + eps - x
 

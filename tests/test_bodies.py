@@ -9,11 +9,7 @@ from contextlib import suppress
 import httpx
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-
-from service import bodies
-from service.errors import (
+from carso.errors import (
     EmptyBatch,
     MissingImages,
     RequestError,
@@ -24,6 +20,10 @@ from service.errors import (
     UnexpectedPart,
     UnsupportedMediaType,
 )
+from carso.images import bodies
+from hypothesis import given
+from hypothesis import strategies as st
+
 from tests.pictures import npy
 
 JSON, FORM = "application/json", "multipart/form-data; boundary=frontier"

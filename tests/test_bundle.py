@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from carso.bundle import REQUIRED, VOTE_INT8, Bundle, BundleError, sealed
 
-from service.bundle import REQUIRED, VOTE_INT8, Bundle, BundleError, sealed
 from tests.bundles import COLOUR, SMALL, copy_of, random_images, shared_bundle, write_bundle
 
 FILES = [*REQUIRED, VOTE_INT8, "classifier.safetensors", "code_encoder.safetensors", "decoder.safetensors"]

@@ -11,10 +11,10 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
+from carso.client import Client
+from carso.client.commands import app
 from typer.testing import CliRunner, Result
 
-from service.cli import app
-from service.client import Client
 from tests.calls import COLOUR_PNG, PIXELS, PNG
 from tests.pictures import encoded
 from tests.scripted import LABEL_ONLY, Reply, refusal, scripted
@@ -222,7 +222,7 @@ def test_bench_counts_refusals_and_sends_nothing_twice(client):
 
 
 def test_the_module_runs_as_the_command_does(server, image):
-    command = [sys.executable, "-m", "service.cli", "classify", image, "--url", server.url, "--json"]
+    command = [sys.executable, "-m", "carso.client.commands", "classify", image, "--url", server.url, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     assert json.loads(done.stdout)["file"] == str(image)
     assert done.stderr == "" or "warning" in done.stderr
@@ -230,7 +230,7 @@ def test_the_module_runs_as_the_command_does(server, image):
 
 def test_a_terminal_gets_the_same_table(server, image):
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "service.cli", "classify", image, "--url", server.url]
+    command = [sys.executable, "-m", "carso.client.commands", "classify", image, "--url", server.url]
     wide = environment() | {"COLUMNS": "300", "TERM": "xterm"}
     done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, env=wide)
     os.close(terminal)

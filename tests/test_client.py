@@ -19,9 +19,8 @@ from typing import Any, Self
 import httpx
 import numpy as np
 import pytest
-
-from service import answers
-from service.client import (
+from carso.api import answers
+from carso.client import (
     AsyncClient,
     CarsoError,
     Client,
@@ -31,7 +30,8 @@ from service.client import (
     UnexpectedAnswer,
     results,
 )
-from service.client.call import GRACE
+from carso.client.call import GRACE
+
 from tests.bundles import SMALL, shared_bundle
 from tests.calls import COLOUR_PNG, PIXELS, PNG, VALUES, sample
 from tests.pictures import encoded
@@ -588,10 +588,10 @@ def test_a_cancelled_call_hangs_up_and_the_service_stops_its_count(server):
 
 def test_the_client_imports_nothing_of_the_server():
     code = (
-        "import sys, service.client\n"
+        "import sys, carso.client\n"
         "heavy = {'onnxruntime', 'fastapi', 'starlette', 'torch', 'numpy', 'PIL', 'training', 'uvicorn'}\n"
         "print(*heavy & {name.partition('.')[0] for name in sys.modules})\n"
-        "service.client.Client('http://127.0.0.1:1').close()\n"
+        "carso.client.Client('http://127.0.0.1:1').close()\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -15,9 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-
-from training import data
-from training.data import DataUnavailableError, ensure, load, read_idx
+from carso_training import data
+from carso_training.data import DataUnavailableError, ensure, load, read_idx
 
 
 def idx(array: np.ndarray) -> bytes:

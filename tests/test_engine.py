@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 import pytest
+from carso.bundle import Bundle
+from carso.errors import NotReady
+from carso.http.server import Lifecycle
+from carso.inference.engine import Engine, EngineDead, EngineError, EngineStopped
+from carso.inference.pipeline import Ballot, Job, Pipeline, Step
+from carso.inference.sessions import Sessions
+from carso.telemetry.probes import Probes
 
-from service.bundle import Bundle
-from service.engine import Engine, EngineDead, EngineError, EngineStopped
-from service.errors import NotReady
-from service.pipeline import Ballot, Job, Pipeline, Step
-from service.probes import Probes
-from service.server import Lifecycle
-from service.sessions import Sessions
 from tests.bundles import SMALL, random_images, shared_bundle
 
 IMAGES = random_images(24)

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 
 import pytest
-
-from service.engine import EngineError
-from service.errors import RequestError, answer
+from carso.errors import RequestError, answer
+from carso.inference.engine import EngineError
 
 KINDS = RequestError.__subclasses__()
 

@@ -9,16 +9,16 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from carso.bundle import Bundle
+from carso.inference.sessions import Sessions
+from carso_training.graphs import fold
+from carso_training.networks import Classifier, Purifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from service.bundle import Bundle
-from service.sessions import Sessions
 from tests.bundles import COLOUR, REFERENCE, SMALL, random_images, random_system, shared_bundle
-from training.graphs import fold
-from training.networks import Classifier, Purifier
 
 CONFIGS = {"small": SMALL, "colour": COLOUR, "reference": REFERENCE}
 TOLERANCE = 1e-4  # float32, networks whose random weights make steeper functions than trained ones

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 
 import httpx
 import pytest
+from carso.bundle import InputSpec
+from carso.errors import UndecodableImage
+from carso.images.encoded import MAX_READS, MAX_SCANS
+from carso.images.reader import Reader
 from PIL import Image
 
-from service.bundle import InputSpec
-from service.encoded import MAX_READS, MAX_SCANS
-from service.errors import UndecodableImage
-from service.images import Reader
 from tests.bundles import SMALL, shared_bundle
 from tests.calls import PATHS, PNG, as_png, refused, sample
 from tests.pictures import saved

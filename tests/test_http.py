@@ -6,11 +6,11 @@ import base64
 
 import numpy as np
 import pytest
+from carso.api.answers import FastAnswer, RobustAnswer
+from carso.bundle import Bundle
+from carso.inference.pipeline import Ballot, Pipeline
+from carso.inference.sessions import Sessions
 
-from service.answers import FastAnswer, RobustAnswer
-from service.bundle import Bundle
-from service.pipeline import Ballot, Pipeline
-from service.sessions import Sessions
 from tests.bundles import SMALL, shared_bundle
 from tests.calls import COLOUR_PNG, PATHS, PIXELS, PNG, VALUES, as_npy, as_png, refused
 from tests.pictures import encoded, npy

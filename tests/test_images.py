@@ -8,13 +8,8 @@ from contextlib import suppress
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra import numpy as arrays
-from PIL import Image
-
-from service.bundle import InputSpec
-from service.errors import (
+from carso.bundle import InputSpec
+from carso.errors import (
     AnimatedImage,
     EmptyBatch,
     NotFinite,
@@ -31,8 +26,13 @@ from service.errors import (
     UnsupportedDtype,
     WrongShape,
 )
-from service.images import Reader
-from service.npy import parse as parse_npy
+from carso.images.npy import parse as parse_npy
+from carso.images.reader import Reader
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as arrays
+from PIL import Image
+
 from tests.pictures import encoded, npy, saved
 
 GREY = Reader(InputSpec(shape=(1, 6, 5)), max_images=4, max_pixels=1000)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import socket
 
 import pytest
+from carso.client import Client, RequestRefused
+from carso.errors import Unauthorized
+from carso.http.keys import ApiKeys, BadKeys
 
-from service.client import Client, RequestRefused
-from service.errors import Unauthorized
-from service.keys import ApiKeys, BadKeys
 from tests.bundles import SMALL, shared_bundle
 from tests.calls import PNG, as_png, refused, sample
 from tests.server import serving

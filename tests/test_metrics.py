@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+from carso.telemetry.gpus import Gpus
 from prometheus_client.parser import text_string_to_metric_families
 
-from service.gpus import Gpus
 from tests.calls import VALUES, as_npy, as_png
 
 TABLE = Path(__file__).parents[1] / "docs/metrics.md"

@@ -9,10 +9,10 @@ from concurrent.futures import ThreadPoolExecutor
 import httpx
 import numpy as np
 import pytest
+from carso.api.answers import Info
+from carso.bundle import Bundle
+from carso.version import __version__
 
-from service import __version__
-from service.answers import Info
-from service.bundle import Bundle
 from tests.bundles import COLOUR, SMALL, shared_bundle
 from tests.calls import VALUES, as_npy, as_png, sample
 from tests.server import serving

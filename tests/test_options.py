@@ -6,12 +6,11 @@ from contextlib import suppress
 from urllib.parse import urlencode
 
 import pytest
+from carso.errors import ConflictingParameters, InvalidParameter, RequestError, UnknownParameter
+from carso.inference.pipeline import MAX_SEED
+from carso.options import FastOptions, parse, robust_options
 from hypothesis import given
 from hypothesis import strategies as st
-
-from service.errors import ConflictingParameters, InvalidParameter, RequestError, UnknownParameter
-from service.options import FastOptions, parse, robust_options
-from service.pipeline import MAX_SEED
 
 ROBUST = robust_options(samples=1500, max_samples=2000, risk=1e-3)
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable
 
 import numpy as np
 import pytest
+from carso.bundle import Bundle
+from carso.inference.pipeline import LEAST_PRICE, MAX_SEED, Ballot, Job, Outcome, Pipeline, Step
+from carso.inference.sessions import Sessions
+from carso.inference.vote import LARGEST_BALLOT
 
-from service.bundle import Bundle
-from service.pipeline import LEAST_PRICE, MAX_SEED, Ballot, Job, Outcome, Pipeline, Step
-from service.sessions import Sessions
-from service.vote import LARGEST_BALLOT
 from tests.bundles import SMALL, random_images, shared_bundle
 
 LATENT, CLASSES = SMALL.purifier.latent, SMALL.classifier.classes

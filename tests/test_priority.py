@@ -7,7 +7,8 @@ import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from service.priority import LESS, give_way
+from carso.inference.processors import LESS, give_way
+
 from tests.bundles import SMALL, shared_bundle
 from tests.calls import as_png
 from tests.server import serving

@@ -8,11 +8,11 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
+from carso.bundle import Bundle
+from carso.inference.sessions import Sessions
+from carso_training import data
 
-from service.bundle import Bundle
-from service.sessions import Sessions
 from tests.server import serving
-from training import data
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "models" / "mnist-fcn"

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import onnxruntime as ort
 import pytest
+from carso.bundle import Bundle
+from carso.inference import sessions as sessions_module
+from carso.inference.sessions import CPU, CUDA, DeviceError, Sessions, usable_cpus
 
-from service import sessions as sessions_module
-from service.bundle import Bundle
-from service.sessions import CPU, CUDA, DeviceError, Sessions, usable_cpus
 from tests.bundles import COLOUR, REFERENCE, SMALL, random_images, shared_bundle
 
 

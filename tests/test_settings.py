@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from carso.complaints import allowed
+from carso.settings import Settings, SettingsError, unknown_variables
 
-from service.ranges import allowed
-from service.settings import Settings, SettingsError, unknown_variables
 from tests.bundles import SMALL, copy_of, shared_bundle
 from tests.server import environment
 
@@ -19,7 +19,7 @@ HTTP = Path(__file__).parents[1] / "docs/http.md"
 
 def start(**settings: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "service"],
+        [sys.executable, "-m", "carso.command"],
         env=environment(**settings),
         capture_output=True,
         text=True,

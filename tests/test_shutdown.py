@@ -12,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 import pytest
+from carso.app import create_app
+from carso.inference.pipeline import Pipeline
+from carso.settings import Settings, SettingsError
 
-from service.app import create_app
-from service.pipeline import Pipeline
-from service.settings import Settings, SettingsError
 from tests.bundles import SMALL, random_images, shared_bundle
 from tests.calls import VALUES, as_npy, as_png, sample
 from tests.server import environment, free_port, serving
@@ -101,11 +101,11 @@ def test_what_is_in_flight_when_the_port_closes_is_answered_by_its_deadline(tmp_
 
 
 FAILING = """
-from service.pipeline import Pipeline
+from carso.inference.pipeline import Pipeline
 def fail(self):
     raise RuntimeError("no more votes")
 Pipeline.round = fail
-from service.__main__ import main
+from carso.command import main
 main()
 """
 
@@ -152,7 +152,7 @@ async def test_work_that_ends_with_the_service_is_counted():
 def test_a_signal_while_it_loads_ends_it_at_once(tmp_path, number):
     with (tmp_path / "log").open("wb") as log:
         variables = environment(bundle=shared_bundle(SMALL), port=free_port(), device="cpu")
-        process = subprocess.Popen([sys.executable, "-m", "service"], env=variables, stderr=log)
+        process = subprocess.Popen([sys.executable, "-m", "carso.command"], env=variables, stderr=log)
     try:
         while not catches(process.pid, signal.SIGTERM):  # the second one that it takes care of
             assert process.poll() is None

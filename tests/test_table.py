@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import pytest
-
-from service.bundle import Cell
-from training import attacks
-from training.table import COLUMNS, PUBLISHED, as_markdown, wilson
+from carso.bundle import Cell
+from carso_training import attacks
+from carso_training.table import COLUMNS, PUBLISHED, as_markdown, wilson
 
 
 @pytest.mark.parametrize(

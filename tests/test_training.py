@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from carso.bundle import Bundle
+from carso.inference.pipeline import Ballot
+from carso_training import data
+from carso_training.__main__ import main
+from carso_training.evaluate import pipeline_of
 
-from service.bundle import Bundle
-from service.pipeline import Ballot
 from tests.server import serving
-from training import data
-from training.__main__ import main
-from training.evaluate import pipeline_of
 
 CARSO_TRAIN = (sys.executable, "-m", "training")
 InProcess = Callable[..., tuple[int, str]]  # arguments -> exit status, standard error

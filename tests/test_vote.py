@@ -17,10 +17,9 @@ from math import comb, exp, lgamma, log, log1p, prod
 
 import numpy as np
 import pytest
+from carso.inference.vote import BETA, EXPECTED, LARGEST_BALLOT, MAX_RISK, MIN_RISK, SMALLEST_BALLOT, StoppingRule
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-
-from service.vote import BETA, EXPECTED, LARGEST_BALLOT, MAX_RISK, MIN_RISK, SMALLEST_BALLOT, StoppingRule
 
 
 def elected(totals: list[int] | tuple[int, ...]) -> int:

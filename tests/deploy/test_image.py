@@ -16,9 +16,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from carso.bundle import Bundle
+from carso.version import __version__
 
-from service import __version__
-from service.bundle import Bundle
 from tests.deploy.containers import HARDENED, Container, docker, request, running
 from tests.signals import catches
 
@@ -275,8 +275,9 @@ def test_the_training_image_has_all_that_the_project_asks_for() -> None:
 
 @needs_training
 def test_the_training_image_trains_a_system_that_can_be_served(tmp_path: Path) -> None:
+    from carso_training import data
+
     from tests.test_training import TINY
-    from training import data
 
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
     shutil.copytree(data.ensure(), tmp_path / "mnist")

@@ -17,8 +17,8 @@ import pytest
 pytest.importorskip("yaml", reason="pip install '.[deploy]'")
 
 import yaml
+from carso.settings import PREFIX, Settings
 
-from service.settings import PREFIX, Settings
 from tests.deploy.manifests import (
     KSERVE_FIELDS,
     OPTIONS,

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from carso.bundle import Bundle
+from carso.http.server import Lifecycle
+from carso.inference.engine import Engine
+from carso.inference.pipeline import Pipeline
+from carso.inference.sessions import Sessions
+from carso.telemetry.metrics import Metrics
+from carso.telemetry.probes import Probes
 
-from service.bundle import Bundle
-from service.engine import Engine
-from service.metrics import Metrics
-from service.pipeline import Pipeline
-from service.probes import Probes
-from service.server import Lifecycle
-from service.sessions import Sessions
 from tests.deploy.dashboard import Query, annotations, choices, dashboard, queries
 
 yaml = pytest.importorskip("yaml", reason="pip install '.[deploy]'")

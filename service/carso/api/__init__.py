@@ -1,0 +1,1 @@
+"""The endpoints: the native API and the Open Inference Protocol."""

@@ -1,0 +1,225 @@
+"""What the endpoints answer: the models that document it, and the functions that build it.
+
+The answers of /classify and /classify/fast are built as plain dicts: validating what this service has computed itself
+would cost more than the first pass does. The tests hold them against the models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from carso.bundle import Bundle, Cell, InputSpec
+from carso.inference.pipeline import Job, Outcome
+from carso.inference.sessions import Device, Precision
+from carso.inference.vote import Rule
+from carso.options import RobustOptions
+from carso.settings import Evidence
+
+_WITHOUT_EVIDENCE = ("label", "class_name", "complete")
+
+
+class _Answer(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class ErrorAnswer(_Answer):
+    """Every answer that is not 2xx."""
+
+    error: str = Field(description="What is wrong, by name.", examples=["wrong_shape"])
+    message: str = Field(description="What is wrong, with the value, and what to do.")
+    request_id: str = Field(description="As in the header X-Request-ID.")
+
+
+class BundleName(_Answer):
+    name: str
+    version: str
+    checksum: str = Field(description="SHA-256 of the bundle's manifest, which lists those of all its files.")
+
+
+class FastTimings(_Answer):
+    """In milliseconds."""
+
+    decode_ms: float = Field(description="Body to array.")
+    queue_ms: float = Field(description="Waiting for the first pass.")
+    first_pass_ms: float
+    total_ms: float = Field(description="From the request's arrival to the writing of this answer.")
+
+
+class RobustTimings(FastTimings):
+    vote_ms: float = Field(description="From the end of the first pass to the end of the last election.")
+
+
+class Label(_Answer):
+    label: int
+    class_name: str
+
+
+class FastPrediction(Label):
+    probabilities: list[float] = Field(description="Of each class, in order.")
+
+
+class RobustLabel(Label):
+    complete: bool = Field(description="False if the deadline ended the count, so that `risk` says nothing about it.")
+
+
+class RobustPrediction(RobustLabel):
+    label: int = Field(description="The class with most votes, the lowest among equals.")
+    share: float = Field(description="The leader's votes / votes cast.")
+    tally: list[int] = Field(description="Votes of each class, in order.")
+    votes: int = Field(description="Votes cast.")
+    samples: int = Field(description="Votes asked for.")
+    rule: Rule = Field(description="What ended the count.")
+    risk: float = Field(description="The risk that was asked for.")
+    seed: int = Field(description="Seed of this image's latents.")
+    fast_label: int = Field(description="The fast path's answer to the same image.")
+    agree: bool = Field(description="Whether both paths give the same label.")
+
+
+class _Trailer(_Answer):
+    bundle: BundleName
+    provider: str = Field(description="ONNX Runtime's execution provider in use.")
+    request_id: str
+
+
+class FastAnswer(_Trailer):
+    predictions: list[FastPrediction] = Field(description="One per image, in the order sent.")
+    timings: FastTimings
+
+
+class RobustAnswer(_Trailer):
+    predictions: list[RobustPrediction] = Field(description="One per image, in the order sent.")
+    timings: RobustTimings
+
+
+class FastLabels(_Trailer):
+    """Where the operator withholds the evidence."""
+
+    predictions: list[Label] = Field(description="One per image, in the order sent.")
+
+
+class RobustLabels(_Trailer):
+    """Where the operator withholds the evidence."""
+
+    predictions: list[RobustLabel] = Field(description="One per image, in the order sent.")
+
+
+class BundleInfo(BundleName):
+    dataset: str
+    classes: tuple[str, ...]
+    input: InputSpec
+    code: int = Field(description="Size of the compressed representation.")
+    latent: int = Field(description="Size of a latent.")
+    samples: int = Field(description="Votes counted per image by default.")
+    table: tuple[Cell, ...] = Field(description="Measured accuracies.")
+
+
+class Limits(_Answer):
+    max_samples: int
+    max_images: int
+    max_body_bytes: int
+    max_pixels: int
+    allow_seed: bool
+    evidence: Evidence
+
+
+class DeviceInfo(_Answer):
+    asked: Device
+    provider: str = Field(description="What is in use, as the built session tells.")
+    precision: Precision = Field(description="Of the votes.")
+
+
+class Info(_Answer):
+    version: str = Field(description="Of the service.")
+    bundle: BundleInfo
+    device: DeviceInfo
+    limits: Limits
+    risk: float = Field(description="Used where a request gives none.")
+    media_types: tuple[str, ...] = Field(description="Bodies that are read.")
+
+
+class Health(_Answer):
+    status: str
+
+
+def bundle_name(bundle: Bundle) -> dict[str, str]:
+    return {"name": bundle.manifest.name, "version": bundle.manifest.version, "checksum": bundle.checksum}
+
+
+def bundle_info(bundle: Bundle) -> BundleInfo:
+    manifest = bundle.manifest
+    return BundleInfo(
+        **bundle_name(bundle),
+        dataset=manifest.dataset,
+        classes=manifest.classes,
+        input=manifest.input,
+        code=manifest.code,
+        latent=manifest.latent,
+        samples=manifest.samples,
+        table=manifest.table,
+    )
+
+
+def fast_predictions(job: Job, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Of a finished job; as FastPrediction."""
+    return [
+        {"label": label, "class_name": classes[label], "probabilities": probabilities}
+        for label, probabilities in _first_pass(job)
+    ]
+
+
+def robust_predictions(
+    job: Job, outcomes: list[Outcome], options: RobustOptions, classes: tuple[str, ...]
+) -> list[dict[str, Any]]:
+    """Of a finished job, each of whose elections has a vote; as RobustPrediction."""
+    return [
+        {
+            "label": outcome.label,
+            "class_name": classes[outcome.label],
+            "share": outcome.tally[outcome.label] / outcome.votes,
+            "tally": outcome.tally,
+            "votes": outcome.votes,
+            "samples": options.samples,
+            "rule": outcome.rule,
+            "complete": outcome.rule != "deadline",
+            "risk": options.risk,
+            "seed": outcome.seed,
+            "fast_label": fast_label,
+            "agree": outcome.label == fast_label,
+        }
+        for outcome, (fast_label, _) in zip(outcomes, _first_pass(job), strict=True)
+    ]
+
+
+def label_only(prediction: dict[str, Any]) -> dict[str, Any]:
+    """What is left of a prediction where the evidence is withheld: Label, RobustLabel."""
+    return {name: prediction[name] for name in _WITHOUT_EVIDENCE if name in prediction}
+
+
+def _first_pass(job: Job) -> Iterator[tuple[int, list[float]]]:
+    """Label and class probabilities of each image."""
+    assert job.probabilities is not None  # noqa: S101  a finished job has them
+    for probabilities in job.probabilities.tolist():
+        # not numpy's argmax: it lets go of the interpreter, and the engine's thread then keeps it for a while
+        yield probabilities.index(max(probabilities)), probabilities
+
+
+def fast_timings(job: Job, *, decode: float, total: float) -> dict[str, float]:
+    """Seconds -> FastTimings."""
+    return {
+        "decode_ms": _ms(decode),
+        "queue_ms": _ms(job.started - job.submitted),
+        "first_pass_ms": _ms(job.first_pass_done - job.started),
+        "total_ms": _ms(total),
+    }
+
+
+def robust_timings(job: Job, *, decode: float, total: float) -> dict[str, float]:
+    """Seconds -> RobustTimings."""
+    return {**fast_timings(job, decode=decode, total=total), "vote_ms": _ms(job.finished - job.first_pass_done)}
+
+
+def _ms(seconds: float) -> float:
+    return round(1e3 * seconds, 3)

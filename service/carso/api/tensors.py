@@ -1,0 +1,226 @@
+"""Tensors of the Open Inference Protocol's HTTP form: read from requests, written to responses.
+
+A tensor's values are in the JSON, or in binary form behind it, in the order of the tensors; the header
+Inference-Header-Content-Length then says where the JSON ends. Sources: the protocol
+(https://github.com/kserve/open-inference-protocol), its extension for binary data
+(https://github.com/triton-inference-server/server/blob/main/docs/protocol/extension_binary_data.md).
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import struct
+from collections.abc import Iterable
+from math import prod
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import to_json
+
+from carso.complaints import shown
+from carso.errors import (
+    EmptyBatch,
+    InvalidTensor,
+    NotNumbers,
+    OutOfRange,
+    TooManyImages,
+    UndecodableBase64,
+)
+from carso.images import json_values
+from carso.images.reader import Source, from_lists
+
+INPUT = "images"
+
+InputType = Literal["FP16", "FP32", "FP64", "UINT8", "BYTES"]
+OutputType = Literal["BOOL", "INT64", "FP64", "BYTES"]
+
+_NUMBERS = {"FP16": np.float16, "FP32": np.float32, "FP64": np.float64, "UINT8": np.uint8}
+_PACKED = {"BOOL": np.bool_, "INT64": np.int64, "FP64": np.float64}
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class InputParameters(_Part):
+    binary_data_size: int | None = Field(default=None, ge=0, description="Bytes of this tensor behind the JSON.")
+
+
+class Input(_Part):
+    name: Literal["images"]
+    shape: list[int] = Field(
+        min_length=1, max_length=4, description="[N, C, H, W] or what .npy may have; of BYTES, [N] or [N, 1]."
+    )
+    datatype: InputType = Field(
+        description="Floating point in the bundle's range; UINT8, which is scaled to it; BYTES: encoded images, in "
+        "JSON as base64."
+    )
+    parameters: InputParameters = InputParameters()
+    data: list[Any] | None = Field(default=None, description="Flat or nested; nothing if it comes in binary form.")
+
+
+class OutputParameters(_Part):
+    binary_data: bool | None = Field(default=None, description="Send this tensor in binary form.")
+
+
+class Output(_Part):
+    name: str
+    parameters: OutputParameters = OutputParameters()
+
+
+class InferRequest(_Part):
+    """The JSON of a request."""
+
+    id: str | None = Field(default=None, max_length=1024, description="Given back in the response.")
+    parameters: dict[str, Any] = Field(
+        default={}, description="Options, as of the native API; binary_data_output: send all tensors in binary form."
+    )
+    inputs: list[Input] = Field(min_length=1, max_length=1)
+    outputs: list[Output] | None = Field(
+        default=None, max_length=64, description="Tensors to answer with; default: all."
+    )
+
+
+class OutputTensor(BaseModel):
+    name: str
+    datatype: OutputType
+    shape: list[int]
+    parameters: dict[str, Any] | None = None
+    data: list[Any] | None = None
+
+
+class InferResponse(BaseModel):
+    """The JSON of a response."""
+
+    model_name: str
+    model_version: str
+    id: str | None = None
+    parameters: dict[str, Any]
+    outputs: list[OutputTensor]
+
+
+def parse(data: bytes, json_size: str | None, *, max_images: int, max_values: int) -> tuple[InferRequest, list[Source]]:
+    """A body and its header Inference-Header-Content-Length -> the request, without values, and its images.
+
+    `max_values`: see json_values. Raises BodyTooLarge, UndecodableJson, InvalidTensor, and the errors of values.
+    """
+    if json_size is not None and not (json_size.isdecimal() and len(json_size) < 20 and int(json_size) <= len(data)):
+        raise InvalidTensor(
+            f"Inference-Header-Content-Length {shown(json_size)} is no number from 0 to {len(data)}, the body's size"
+        )
+    size = len(data) if json_size is None else int(json_size)
+    content = json_values.parse(data[:size], max_values=max_values)
+    try:
+        request = InferRequest.model_validate(content)
+    except ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the request"
+        raise InvalidTensor(f"{where}: {first['msg']} (found {shown(first['input'])})") from None
+    tensor = request.inputs[0]
+    return request, _images(tensor, data[size:], max_images=max_images)
+
+
+def _images(tensor: Input, packed: bytes, *, max_images: int) -> list[Source]:
+    if min(tensor.shape) < 0:
+        raise InvalidTensor(f"shape {tensor.shape} has a negative entry")
+    if not prod(tensor.shape):
+        raise EmptyBatch(f"a tensor of shape {tensor.shape} holds no image")
+    due = tensor.parameters.binary_data_size or 0
+    if len(packed) != due:
+        raise InvalidTensor(f"{len(packed)} bytes follow the JSON, and its tensor has a binary_data_size of {due}")
+    if (tensor.data is None) != (tensor.parameters.binary_data_size is not None):
+        raise InvalidTensor("the tensor must have either data or a binary_data_size, and not both")
+    if tensor.datatype == "BYTES":
+        return _encoded_images(tensor, packed, max_images=max_images)
+    return [_packed_array(tensor, packed) if tensor.data is None else _listed_array(tensor, tensor.data)]
+
+
+def _packed_array(tensor: Input, packed: bytes) -> np.ndarray:
+    dtype = np.dtype(_NUMBERS[tensor.datatype])
+    if (due := prod(tensor.shape) * dtype.itemsize) != len(packed):
+        raise InvalidTensor(f"shape {tensor.shape} of {tensor.datatype} is {due} bytes, and {len(packed)} were sent")
+    return np.frombuffer(packed, dtype.newbyteorder("<")).reshape(tensor.shape).astype(dtype, copy=False)
+
+
+def _listed_array(tensor: Input, data: list[Any]) -> np.ndarray:
+    array = from_lists(data)
+    if array.size != prod(tensor.shape):
+        raise InvalidTensor(f"shape {tensor.shape} takes {prod(tensor.shape)} values, and data holds {array.size}")
+    if tensor.datatype == "UINT8":
+        if array.dtype.kind == "f":
+            raise NotNumbers("data of a UINT8 tensor holds numbers with a fraction: send integers, or FP32")
+        if array.min() < 0 or array.max() > 255:
+            raise OutOfRange("data of a UINT8 tensor holds a value outside 0 to 255")
+        array = array.astype(np.uint8)
+    elif array.dtype.kind != "f":
+        array = array.astype(np.float64)
+    return array.reshape(tensor.shape)
+
+
+def _encoded_images(tensor: Input, packed: bytes, *, max_images: int) -> list[Source]:
+    count = tensor.shape[0]
+    if tensor.shape[1:] not in ([], [1]):
+        raise InvalidTensor(f"shape {tensor.shape} of a BYTES tensor is neither [N] nor [N, 1]")
+    if count > max_images:
+        raise TooManyImages(f"{count} images, at most {max_images} are taken: send several requests")
+    if tensor.data is None:
+        images = _unpacked(packed)
+    else:
+        images = [_decoded(entry, index) for index, entry in enumerate(_flat(tensor.data))]
+    if len(images) != count:
+        raise InvalidTensor(f"shape {tensor.shape} takes {count} images, and there are {len(images)}")
+    return list(images)
+
+
+def _unpacked(packed: bytes) -> list[bytes]:
+    """Elements of a BYTES tensor: the size of each in four bytes, little-endian, then the element."""
+    elements: list[bytes] = []
+    start = 0
+    while start < len(packed):
+        (size,) = struct.unpack_from("<I", packed, start) if start + 4 <= len(packed) else (len(packed),)
+        start += 4 + size
+        if start > len(packed):
+            raise InvalidTensor(f"the BYTES tensor ends within its element {len(elements)}")
+        elements.append(packed[start - size : start])
+    return elements
+
+
+def _flat(data: list[Any]) -> list[Any]:
+    return [entry[0] if isinstance(entry, list) and len(entry) == 1 else entry for entry in data]
+
+
+def _decoded(entry: Any, index: int) -> bytes:
+    try:
+        return base64.b64decode(entry, validate=True)
+    except (TypeError, binascii.Error, ValueError) as e:
+        raise UndecodableBase64(f"image {index} is not base64 of an encoded image ({e})") from None
+
+
+def respond(response: dict[str, Any], tensors: Iterable[tuple[str, OutputType, Any, bool]]) -> tuple[bytes, int | None]:
+    """The body of a response, and the size of its JSON if tensors in binary form follow it, else None.
+
+    `tensors`: of each its name, datatype, values (nested lists, the first dimension the batch), and whether it is to be
+    in binary form.
+    """
+    outputs: list[dict[str, Any]] = []
+    behind: list[bytes] = []
+    for name, datatype, values, binary in tensors:
+        array: np.ndarray = np.array(values, _PACKED.get(datatype, np.object_))
+        output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
+        if binary:
+            behind.append(_pack(datatype, array))
+            output["parameters"] = {"binary_data_size": len(behind[-1])}
+        else:
+            output["data"] = array.ravel().tolist()
+        outputs.append(output)
+    content = to_json({**response, "outputs": outputs})
+    return b"".join((content, *behind)), len(content) if behind else None
+
+
+def _pack(datatype: OutputType, array: np.ndarray) -> bytes:
+    if datatype != "BYTES":
+        return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    texts = [text.encode() for text in array.ravel()]
+    return b"".join(struct.pack("<I", len(text)) + text for text in texts)

@@ -1,0 +1,1 @@
+"""The way in and out: connections, limits, keys, errors as HTTP answers."""

@@ -1,0 +1,245 @@
+"""What surrounds every request: its id, the API key, limits on its body, headers, errors, its metrics and its line in
+the log.
+
+Pure ASGI, so that the application below sees the client hang up, and no body is held that is over the limit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import re
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from carso.complaints import shown
+from carso.errors import (
+    BodyTooLarge,
+    NotReady,
+    Overloaded,
+    RequestError,
+    RequestTimeout,
+    UnsupportedMediaType,
+    answer,
+    as_request_error,
+)
+from carso.http.keys import ApiKeys
+from carso.http.server import Lifecycle
+from carso.telemetry.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
+TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+
+# Asked by machines, often: they need no key, and are logged at level debug only.
+PROBES = frozenset(("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"))
+PAGES = frozenset(("/docs",))  # meant for browsers; it draws its scripts and styles from elsewhere
+
+# Bytes of a body that is not counted among those in flight: uvicorn takes as much of each unasked, and whoever fills
+# the budget with large ones, or with promises of them, does not stand in the way of those who send one image.
+SMALL_BODY = 64 * 2**10
+
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"cache-control", b"no-store"),
+    (b"referrer-policy", b"no-referrer"),
+)
+_NO_CONTENT = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
+
+
+@dataclass(eq=False, slots=True)
+class Exchange:
+    """One request and its answer; in the handlers, `request.state.exchange`."""
+
+    request_id: str
+    arrived: float = field(default_factory=time.monotonic)
+    code: int = 0  # 0: no answer was begun
+    fields: dict[str, Any] = field(default_factory=dict)  # for the log
+    held: int = 0  # bytes of its body, as far as they are counted
+
+
+class Envelope:
+    """ASGI middleware; the application under it is expected to turn its errors into answers by `refuse`."""
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        bodies_bytes: int,
+        receive_timeout: float,
+        keys: ApiKeys | None,
+        endpoints: Iterable[str],
+        metrics: Metrics,
+        lifecycle: Lifecycle,
+    ) -> None:
+        """`bodies_bytes`: of all requests in flight. `receive_timeout`: seconds for a body. `endpoints`: the paths
+        that metrics name; all others are counted as one, or callers could invent labels.
+        """
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._bodies_bytes = bodies_bytes
+        self._held = 0  # bytes of bodies
+        self._receive_timeout = receive_timeout
+        self._keys = keys
+        self._endpoints = frozenset(endpoints)
+        self._metrics = metrics
+        self._lifecycle = lifecycle
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = dict(scope["headers"])
+        exchange = Exchange(_request_id(headers.get(b"x-request-id", b"")))
+        if trace := TRACEPARENT.fullmatch(headers.get(b"traceparent", b"")):
+            exchange.fields["trace_id"] = trace[1].decode()
+        scope.setdefault("state", {})["exchange"] = exchange
+        path: str = scope["path"]
+        send = _with_headers(send, exchange, path=path, closing=self._lifecycle.draining)
+        try:
+            if self._keys is not None and path not in PROBES:
+                self._keys.check(headers.get(b"authorization", b""))
+            await self._app(scope, self._limited(receive, headers, exchange), send)
+        except Exception as e:  # whatever no handler below has turned into an answer
+            known = as_request_error(e)
+            exchange.fields["error"] = known.name
+            if known.status >= 500:
+                log.exception("request failed", extra={"fields": {"request_id": exchange.request_id}})
+            if not exchange.code:
+                await answer(e, exchange.request_id, path=path)(scope, receive, send)
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if not self._lifecycle.draining or exchange.code or task is None:
+                raise
+            task.uncancel()  # by uvicorn, when the time to drain is over; it cancels once
+            stopping = NotReady("the service is stopping: send this request again, to another replica if any")
+            exchange.fields["error"] = stopping.name
+            await answer(stopping, exchange.request_id, path=path)(scope, receive, send)
+        finally:
+            self._held -= exchange.held
+            endpoint = path if path in self._endpoints else "other"
+            level = logging.DEBUG if path in PROBES else logging.INFO
+            _account(self._metrics, exchange, endpoint=endpoint, method=scope["method"], level=level)
+
+    def _limited(self, receive: Receive, headers: dict[bytes, bytes], exchange: Exchange) -> Receive:
+        """`receive` that takes no more of a body than it may have, and waits for it no longer than it may take.
+
+        It raises BodyTooLarge and Overloaded before a byte is taken if the client states the size, else on the way;
+        RequestTimeout; UnsupportedMediaType for a compressed body.
+        """
+        limit = self._max_body_bytes
+        length = headers.get(b"content-length", b"")
+        stated = int(length) if length.isdigit() else 0
+        coding = headers.get(b"content-encoding", b"identity")
+        taken = 0
+        expires = asyncio.get_running_loop().time() + self._receive_timeout
+        whole = False
+
+        async def limited() -> Message:
+            nonlocal taken, whole
+            if whole:
+                return await receive()
+            if stated > limit:
+                raise BodyTooLarge(f"the body has {stated} bytes, at most {limit} are taken: send several requests")
+            if coding.lower() != b"identity":
+                raise UnsupportedMediaType(
+                    f"Content-Encoding {shown(coding.decode('latin-1'))} is not read: send it plain"
+                )
+            self._hold(exchange, stated)
+            try:
+                async with asyncio.timeout_at(expires):
+                    message = await receive()
+            except TimeoutError:
+                raise RequestTimeout(
+                    f"{taken} bytes of the body came within {self._receive_timeout:g} s, and not the end: send it "
+                    "faster, or a smaller one"
+                ) from None
+            whole = message["type"] != "http.request" or not message.get("more_body", False)
+            taken += len(message.get("body", b""))
+            if taken > limit:
+                raise BodyTooLarge(f"the body has more than the {limit} bytes that are taken: send several requests")
+            self._hold(exchange, taken)
+            return message
+
+        return limited
+
+    def _hold(self, exchange: Exchange, size: int) -> None:
+        """Count the body of a request as having `size` bytes from now on. Raises Overloaded."""
+        more = size - exchange.held
+        if size <= SMALL_BODY or more <= 0:
+            return
+        if self._held + more > self._bodies_bytes:
+            raise Overloaded(
+                f"the bodies of other requests hold {self._held - exchange.held} bytes, this one has {size}, and at "
+                f"most {self._bodies_bytes} are held together: send it again in 1 s, to another replica, or in "
+                f"several of at most {SMALL_BODY} bytes"
+            )
+        self._held += more
+        exchange.held = size
+
+
+def unread(metrics: Metrics, error: RequestError) -> bytes:
+    """The whole answer to what the HTTP parser refuses, which is counted and logged as any other."""
+    exchange = Exchange(_request_id(b""), code=error.status, fields={"error": error.name})
+    response = answer(error, exchange.request_id)
+    headers = (*response.raw_headers, *_HEADERS, _NO_CONTENT, (b"x-request-id", exchange.request_id.encode()))
+    _account(metrics, exchange, endpoint="other", method="", level=logging.INFO)
+    status_line = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n".encode()
+    lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
+    return status_line + lines + b"\r\n" + bytes(response.body)
+
+
+def _account(metrics: Metrics, exchange: Exchange, *, endpoint: str, method: str, level: int) -> None:
+    seconds = time.monotonic() - exchange.arrived
+    metrics.request(endpoint=endpoint, code=exchange.code, seconds=seconds)
+    if error := exchange.fields.get("error"):
+        metrics.refusal(error)
+    if log.isEnabledFor(level):
+        fields = {
+            "request_id": exchange.request_id,
+            "method": method,
+            "endpoint": endpoint,
+            "code": exchange.code,
+            "ms": round(1e3 * seconds, 3),
+            **exchange.fields,
+        }
+        log.log(level, "request", extra={"fields": fields})
+
+
+async def refuse(request: Request, error: Exception) -> Response:
+    """The exception handler of the application."""
+    exchange: Exchange = request.state.exchange
+    exchange.fields["error"] = as_request_error(error).name
+    return answer(error, exchange.request_id, path=request.url.path)
+
+
+def _request_id(given: bytes) -> str:
+    """The caller's, if it is well-formed and not long; else a fresh one, which need be no secret."""
+    return given.decode() if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
+
+
+def _with_headers(send: Send, exchange: Exchange, *, path: str, closing: bool) -> Send:
+    """`closing`: tell the client to use another connection next time."""
+
+    async def sender(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            exchange.code = message["status"]
+            added = [*_HEADERS, (b"x-request-id", exchange.request_id.encode())]
+            if path not in PAGES:
+                added.append(_NO_CONTENT)
+            if closing:
+                added.append((b"connection", b"close"))
+            message["headers"] = [*message.get("headers", ()), *added]
+        await send(message)
+
+    return sender

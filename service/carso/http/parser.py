@@ -1,0 +1,97 @@
+"""Uvicorn's HTTP protocol, which by itself waits for a request without end, holds heads and trailers of any size, and
+answers what it cannot read in a form of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from carso.errors import HeadTooLarge, MalformedRequest, RequestError
+
+HEAD_BYTES = 64 * 2**10  # request line and headers; nginx takes 32 KiB, Apache 8 KiB a line
+GRACE = 1.0  # seconds after which a body's end is no longer waited for, more than the application waits: it answers 408
+
+
+def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> type[HttpToolsProtocol]:
+    """The protocol, which gives a client so many seconds for a request's head, and as many for its body.
+
+    `unread` makes the whole answer to what is refused here, before the application gets to see it.
+    """
+
+    class Bounded(HttpToolsProtocol):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._timer: asyncio.TimerHandle | None = None
+            # seconds for what has begun: a head, or a body; None: nothing has. Timed, from the end of the bytes that
+            # began it: most requests come whole, and need no timer.
+            self._seconds: float | None = None
+            self._timed = True
+            # bytes since a message began, its headers ended, or some of its body came: of its head, or of trailers and
+            # what else surrounds the chunks of a body; None: no message is under way
+            self._head: int | None = 0
+
+        def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+            super().connection_made(transport)
+            self._close_after(receive_timeout)
+
+        def data_received(self, data: bytes) -> None:
+            if self._head is not None:
+                self._head += len(data)
+            super().data_received(data)  # may end this head, and begin others
+            if not self._timed:
+                self._close_after(self._seconds)
+            if self._head is not None:
+                if self._head > HEAD_BYTES and not self.transport.is_closing():
+                    what = "the request line and headers, or the trailers,"
+                    self._refuse(HeadTooLarge(f"{what} have more than {HEAD_BYTES} bytes: send fewer"))
+            elif self._timer is None and (self.cycle is None or self.cycle.response_complete):
+                # an empty line, after which uvicorn no longer times how long the connection is idle
+                self._close_after(receive_timeout)
+
+        def on_message_begin(self) -> None:
+            super().on_message_begin()
+            self._head = 0
+            self._begin(receive_timeout)
+
+        def on_headers_complete(self) -> None:
+            self._head = 0
+            self._begin(receive_timeout + GRACE)
+            super().on_headers_complete()
+
+        def on_body(self, body: bytes) -> None:
+            self._head = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._head = None
+            self._begin(None)
+            super().on_message_complete()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            self._close_after(None)
+            super().connection_lost(exc)
+
+        def send_400_response(self, msg: str) -> None:
+            self._refuse(MalformedRequest("this is no HTTP/1.1 request: use an HTTP client"))
+
+        def _refuse(self, error: RequestError) -> None:
+            answer = unread(error)
+            if self.cycle is None or self.cycle.response_complete or not self.cycle.response_started:
+                self.transport.write(answer)
+            self.transport.close()
+
+        def _begin(self, seconds: float | None) -> None:
+            self._seconds, self._timed = seconds, False
+
+        def _close_after(self, seconds: float | None) -> None:
+            """None: no longer."""
+            self._timed = True
+            if self._timer is not None:
+                self._timer.cancel()
+            self._timer = None if seconds is None else self.loop.call_later(seconds, self.transport.close)
+
+    return Bounded

@@ -1,0 +1,1 @@
+"""Bodies of requests to arrays: formats, image files, limits."""

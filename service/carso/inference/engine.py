@@ -1,0 +1,202 @@
+"""The engine: one thread that owns the sessions and runs the pipeline's rounds, and the event loop's door to it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from queue import Empty, SimpleQueue
+from typing import get_args
+
+from carso.inference.admission import Admission
+from carso.inference.pipeline import Job, Path, Pipeline, Step
+from carso.inference.processors import give_way
+
+log = logging.getLogger(__name__)
+
+STOP_TIMEOUT = 2.0  # seconds; a step takes milliseconds
+
+
+class EngineError(Exception):
+    """The engine's thread has failed or was stopped; this job was not finished, and none will be."""
+
+
+class EngineStopped(EngineError):  # noqa: N818  asked for, not a fault
+    """It was stopped in good order."""
+
+
+class EngineDead(EngineError):  # noqa: N818  a state, told to those who come later
+    """It has failed before this job came, and takes none."""
+
+
+class Engine:
+    """Runs jobs for one event loop."""
+
+    def __init__(
+        self,
+        pipeline: Pipeline,
+        *,
+        observe: Callable[[Step], None] = lambda step: None,
+        queue_rows: Mapping[Path, float] | None = None,
+    ) -> None:
+        """`observe` is called with every step, on the engine's thread: keep it short. `queue_rows`: the rows that each
+        path may owe; default: any number."""
+        limits = queue_rows or {}
+        self.admission: dict[Path, Admission] = {path: Admission(limits.get(path, math.inf)) for path in get_args(Path)}
+        self._pipeline = pipeline
+        self._observe = observe
+        self._arriving: list[Job] = []  # in this turn of the event loop; handed over together at its end
+        self._arrivals: SimpleQueue[list[Job] | None] = SimpleQueue()  # None: stop
+        self._futures: dict[Job, asyncio.Future[None]] = {}  # jobs in flight; touched by the event loop only
+        self._finished: deque[Job] = deque()  # robust ones whose answers wait for their turn; likewise
+        self._failure: BaseException | None = None
+        self._stopped = False
+        self._busy = False  # the thread is in a step, or between two
+        self._progress = 0.0  # when a step last ended, or work last came to an idle engine; clock of time.monotonic
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._thread = threading.Thread(target=self._run, name="carso-engine", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread; call from the event loop that will run jobs."""
+        self._loop = asyncio.get_running_loop()
+        self._thread.start()
+
+    async def stop(self, *, timeout: float = STOP_TIMEOUT) -> None:
+        """End the thread after the step it is in; jobs still in flight fail with EngineStopped.
+
+        A thread that is stuck in a step for longer than `timeout` seconds is left behind: the process can exit.
+        """
+        self._stopped = True
+        if self._thread.ident is None:
+            return
+        self._arrivals.put(None)
+        await asyncio.to_thread(self._thread.join, timeout)
+        if self._thread.is_alive():
+            log.error("the engine has been in one step for %g s, and is left behind", timeout)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Fail all jobs in flight with EngineStopped; their elections leave at the next round."""
+        self._fail_all(EngineStopped("the service is stopping"))
+
+    @property
+    def alive(self) -> bool:
+        """Whether it takes jobs; its thread ends by a failure or by `stop`."""
+        return self._loop is not None and self._failure is None and not self._stopped
+
+    def stalled(self, seconds: float) -> bool:
+        """Whether there is work and no step has ended for longer than that, even if nobody waits for it any more."""
+        return bool(self._busy or self._futures) and time.monotonic() - self._progress > seconds
+
+    @property
+    def in_flight(self) -> int:
+        """Jobs."""
+        return len(self._futures)
+
+    def in_flight_on(self, path: Path) -> int:
+        """Jobs of one path."""
+        return sum(job.path == path for job in self._futures)
+
+    async def run(self, job: Job) -> Job:
+        """Give `job` to the pipeline and return it finished.
+
+        If the awaiting task is cancelled, the job's elections leave at the next round. Raises QueueFull, EngineStopped,
+        EngineDead, and EngineError if the engine fails meanwhile.
+        """
+        if not self.alive or self._loop is None:
+            kind = EngineDead if self._failure else EngineStopped
+            raise kind(f"the engine is not running: {self._failure or 'stopped'}")
+        self.admission[job.path].admit(job.rows)
+        if not self._futures and not self._busy:
+            self._progress = time.monotonic()
+        future = self._futures[job] = self._loop.create_future()
+        if not self._arriving:
+            self._loop.call_soon(self._hand_over)  # one wake-up of the engine for all that this turn brings
+        self._arriving.append(job)
+        try:
+            await future
+        finally:
+            job.cancelled = job.cancelled or not future.done() or future.cancelled()
+            self._futures.pop(job, None)
+        return job
+
+    def _hand_over(self) -> None:
+        self._arrivals.put(self._arriving)
+        self._arriving = []
+
+    def _run(self) -> None:
+        try:
+            give_way()
+            while self._take_arrivals():
+                self._busy = True
+                for work in (self._pipeline.first_passes, self._pipeline.round):
+                    step = work()
+                    self._progress = time.monotonic()
+                    for path, admission in self.admission.items():
+                        admission.settle(step.settled[path], seconds=step.seconds)
+                    self._observe(step)
+                    if step.finished:  # the fast path's answers leave before the round
+                        self._call(self._deliver, step.finished)
+                self._busy = self._pipeline.busy
+        except BaseException as e:
+            self._failure = e
+            log.exception("the engine thread failed")
+            self._call(self._fail_all, EngineError(f"the engine thread failed: {e}"))
+
+    def _take_arrivals(self) -> bool:
+        """Admit what has arrived, after waiting for it if there is nothing else to do. False: stop."""
+        arrivals: list[Job] = []
+        try:
+            while True:
+                idle = not self._pipeline.busy and not arrivals
+                jobs = self._arrivals.get(block=idle)
+                if jobs is None:
+                    return False
+                arrivals += jobs
+        except Empty:
+            self._pipeline.admit(arrivals)
+            return True
+
+    def _call(self, function: Callable[..., None], argument: object) -> None:
+        try:
+            if self._loop is not None:
+                self._loop.call_soon_threadsafe(function, argument)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            log.warning("the event loop ended before the engine")
+
+    def _deliver(self, jobs: list[Job]) -> None:
+        """Fast answers at once; robust ones, of which a round may end many, one in each turn of the event loop.
+
+        Else the requests that arrive meanwhile would wait until all of them are written.
+        """
+        idle = not self._finished
+        for job in jobs:
+            if job.path == "fast":
+                self._resolve(job)
+            else:
+                self._finished.append(job)
+        if idle and self._finished:
+            self._deliver_next()
+
+    def _deliver_next(self) -> None:
+        if self._finished:  # else they went with a stop
+            self._resolve(self._finished.popleft())
+        if self._finished and self._loop is not None:
+            self._loop.call_soon(self._deliver_next)
+
+    def _resolve(self, job: Job) -> None:
+        future = self._futures.get(job)
+        if future is not None and not future.done():
+            future.set_result(None)
+
+    def _fail_all(self, error: EngineError) -> None:
+        while self._finished:
+            self._resolve(self._finished.popleft())
+        for job, future in self._futures.items():
+            if not future.done():
+                job.cancelled = True
+                future.set_exception(error)

@@ -1,0 +1,266 @@
+"""The two ONNX graphs of a bundle on a device: the only file that knows ONNX Runtime."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import onnxruntime as ort
+
+from carso.bundle import FIRST_PASS, VOTE, VOTE_INT8, Bundle
+
+log = logging.getLogger(__name__)
+
+Device = Literal["auto", "cuda", "cpu"]
+Precision = Literal["float32", "int8"]
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+
+# How far a sound copy of the graphs may stray from the known answers: float32 kernels of another processor sum in
+# another order, and a vote may then fall the other way where two classes are all but equal.
+SCORE_TOLERANCE = 1e-3
+VOTE_TOLERANCE: dict[Precision, float] = {"float32": 0.02, "int8": 0.10}
+
+# On CUDA every new shape makes the arena grow and kernels be chosen anew, so batches are padded to a few fixed sizes,
+# each run once at start. On the CPU padding would only cost, and so would binding.
+CUDA_BUCKETS = (32, 128, 512, 2048, 8192)
+
+
+class DeviceError(Exception):
+    """The device that was asked for is not to be had, or what runs on it gives wrong answers."""
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    probabilities: np.ndarray  # [B, classes] float32, the fast path's answer
+    codes: np.ndarray  # [B, code] float32, compressed representations
+
+
+class Sessions:
+    """Both graphs of one bundle, built on one device. Not for use by two threads at once."""
+
+    provider: str  # the execution provider really in use, as the built session tells
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: Device = "auto",
+        precision: Precision = "float32",
+        threads: int | None = None,
+        spin: bool = False,
+        buckets: Sequence[int] | None = None,
+    ) -> None:
+        """Build and self-test both sessions.
+
+        `precision`: of the votes; first passes are float32 always. `threads`: of ONNX Runtime on the CPU; None: as many
+        as this process may use. `spin`: whether its idle threads burn their cores for a shorter wake-up. `buckets`:
+        batch sizes to pad to, ascending; larger batches run as they are; None: CUDA_BUCKETS on CUDA, none on the CPU.
+        Raises DeviceError.
+        """
+        # a first pass is too small to share out: waking a second thread takes longer
+        first_pass = _build(FIRST_PASS, bundle.first_pass, device, _options(threads=1, spin=spin))
+        self.provider = _provider(first_pass)
+        options = _options(threads=threads or usable_cpus(), spin=spin)
+        if precision == "int8":
+            vote = _build(VOTE_INT8, _int8_graph(bundle, provider=self.provider), "cpu", options)
+        else:
+            # what the first session got, the second must get too
+            vote = _build(VOTE, bundle.vote, "cuda" if self.provider == CUDA else "cpu", options)
+        self._buckets = tuple((CUDA_BUCKETS if self.provider == CUDA else ()) if buckets is None else buckets)
+        self._first_pass, self._vote = (_Batches(session, self._buckets) for session in (first_pass, vote))
+        try:
+            self._warm(bundle)
+            self._check(bundle, vote_tolerance=VOTE_TOLERANCE[precision])
+        except DeviceError:
+            raise
+        except Exception as e:  # ONNX Runtime has a class per status code, and no base of them
+            raise DeviceError(
+                f"the graphs of bundle {bundle.folder} do not run on {self.provider}: {e}. Export the bundle anew, or "
+                "look at the device's memory and libraries."
+            ) from e
+
+    def first_pass(self, images: np.ndarray) -> FirstPass:
+        """[B, *shape] float32 in the bundle's value range -> class probabilities and codes."""
+        found = self._first_pass.run(("probabilities", "codes"), {"images": images})
+        return FirstPass(*(array[: len(images)] for array in found))
+
+    def vote(self, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
+        """Codes [M, code], which of them each vote uses [R] int64, latents [R, latent] -> classes [R] int64."""
+        return self._second_pass("votes", codes, code_index, latents)
+
+    def purify(self, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
+        """As `vote`, but the purified images [R, *shape] in the bundle's value range."""
+        return self._second_pass("purified", codes, code_index, latents)
+
+    def _second_pass(self, output: str, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
+        feeds = {"codes": codes, "code_index": code_index, "latents": latents}
+        return self._vote.run((output,), feeds)[0][: len(latents)]
+
+    def _warm(self, bundle: Bundle) -> None:
+        """Run every bucket once, so that no request pays for a first time."""
+        manifest = bundle.manifest
+        for rows in self._buckets:
+            self.first_pass(np.zeros((rows, *manifest.input.shape), np.float32))
+            for images in (bucket for bucket in self._buckets if bucket <= rows):
+                self.vote(
+                    np.zeros((images, manifest.code), np.float32),
+                    np.zeros(rows, np.int64),
+                    np.zeros((rows, manifest.latent), np.float32),
+                )
+
+    def _check(self, bundle: Bundle, *, vote_tolerance: float) -> None:
+        """The known-answer test."""
+        test = bundle.self_test
+        first = self.first_pass(test.images)
+        votes = self.vote(test.codes, test.code_index, test.latents)
+        strayed = max(
+            float(np.abs(first.probabilities - test.probabilities).max()),
+            float(np.abs(first.codes - test.codes).max()),
+        )
+        other = float((votes != test.votes).mean())
+        if not strayed <= SCORE_TOLERANCE or not other <= vote_tolerance:
+            raise DeviceError(
+                f"the self-test of bundle {bundle.folder} failed on {self.provider}: scores are off by {strayed:.2g} "
+                f"(at most {SCORE_TOLERANCE}), {other:.1%} of the votes differ (at most {vote_tolerance:.0%}). "
+                "The device or its libraries compute wrongly, or the bundle was exported from other weights."
+            )
+        log.info(
+            "self-test passed on %s: scores off by %.1g, %.1f%% of votes differ", self.provider, strayed, 100 * other
+        )
+
+
+class _Batches:
+    """Runs one session on batches that are padded to fixed sizes, where there are any.
+
+    Of each combination of sizes it keeps the inputs in buffers on the device, which stay where they are (IOBinding), so
+    that a run allocates nothing there, and copies no output but those asked for.
+    """
+
+    def __init__(self, session: ort.InferenceSession, sizes: Sequence[int]) -> None:
+        """`sizes`: ascending; a larger batch runs as it is."""
+        self._session = session
+        self._sizes = sizes
+        self._device = "cuda" if _provider(session) == CUDA else "cpu"
+        self._bound: dict[tuple[object, ...], tuple[ort.IOBinding, dict[str, ort.OrtValue]]] = {}
+
+    def run(self, outputs: tuple[str, ...], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The outputs, of as many rows as the padded inputs have."""
+        padded = {name: self._padded(array) for name, array in feeds.items()}
+        found: list[np.ndarray]
+        if not all(len(array) in self._sizes for array in padded.values()):
+            found = self._session.run(list(outputs), padded)
+            return found
+        key = (outputs, *(len(array) for array in padded.values()))
+        if key not in self._bound:
+            self._bound[key] = self._bind(outputs, padded)
+        binding, inputs = self._bound[key]
+        for name, array in padded.items():
+            inputs[name].update_inplace(np.ascontiguousarray(array))
+        self._session.run_with_iobinding(binding)
+        found = binding.copy_outputs_to_cpu()
+        return found
+
+    def _bind(
+        self, outputs: Iterable[str], feeds: Mapping[str, np.ndarray]
+    ) -> tuple[ort.IOBinding, dict[str, ort.OrtValue]]:
+        binding = self._session.io_binding()
+        inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in feeds.items()}
+        for name, value in inputs.items():
+            binding.bind_ortvalue_input(name, value)
+        for name in outputs:
+            binding.bind_output(name)  # on the CPU
+        return binding, inputs
+
+    def _padded(self, array: np.ndarray) -> np.ndarray:
+        """`array` with rows of zeros up to the next size; row 0 is a code that is always there."""
+        rows = next((size for size in self._sizes if size >= len(array)), len(array))
+        if rows == len(array):
+            return array
+        padded = np.zeros((rows, *array.shape[1:]), array.dtype)
+        padded[: len(array)] = array
+        return padded
+
+
+def _provider(session: ort.InferenceSession) -> str:
+    return str(session.get_providers()[0])
+
+
+def _int8_graph(bundle: Bundle, *, provider: str) -> bytes:
+    if provider != CPU:
+        raise DeviceError(f"int8 votes run on the CPU, not on {provider}: set CARSO_PRECISION=float32")
+    if bundle.vote_int8 is None:
+        raise DeviceError(
+            f"bundle {bundle.folder} has no {VOTE_INT8}: set CARSO_PRECISION=float32, or export the bundle anew"
+        )
+    return bundle.vote_int8
+
+
+def usable_cpus() -> int:
+    """Processors this process may use: its affinity mask, further bounded by the cgroup's CPU quota."""
+    allowed = len(os.sched_getaffinity(0))
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return allowed
+
+
+def _options(*, threads: int, spin: bool) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1  # both graphs are chains: there is nothing to run side by side
+    options.enable_mem_pattern = False  # it keeps a plan for every shape ever seen, and rounds are of every size
+    options.add_session_config_entry("session.intra_op.allow_spinning", "1" if spin else "0")
+    return options
+
+
+def _build(name: str, graph: bytes, device: Device, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session of the graph `name` on `device`; ``auto``: on CUDA, else on the CPU."""
+    if device != "cpu":
+        try:
+            return _build_on_cuda(graph, options)
+        except DeviceError as e:
+            if device == "cuda":
+                raise
+            log.info("using the CPU: %s", e)
+    try:
+        return ort.InferenceSession(graph, options, providers=[CPU])
+    except Exception as e:  # ONNX Runtime has a class per status code, and no base of them
+        raise DeviceError(f"{name} is no graph that ONNX Runtime {ort.__version__} can run: {e}") from e
+
+
+def _build_on_cuda(graph: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
+    """A session that runs on CUDA and nothing else.
+
+    `get_available_providers` lists what the wheel was compiled for, not what is there, and a session that asks for
+    CUDA in vain runs on the CPU without an exception; so the libraries are loaded first, and the built session asked.
+    """
+    if CUDA not in ort.get_available_providers():
+        raise DeviceError("this ONNX Runtime was built without CUDA; install onnxruntime-gpu, or set CARSO_DEVICE=cpu")
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        raise DeviceError(
+            "CUDA was asked for, but no NVIDIA driver is installed (libcuda.so.1 is not found). "
+            "Check nvidia-smi, give the container a GPU, or set CARSO_DEVICE=cpu"
+        ) from None
+    if hasattr(ort, "preload_dlls"):
+        ort.preload_dlls()  # CUDA and cuDNN out of the nvidia-* wheels, where they are installed
+    cuda_options = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    try:
+        session = ort.InferenceSession(graph, options, providers=[(CUDA, cuda_options)])
+    except Exception as e:  # ONNX Runtime has a class per status code, and no base of them
+        raise DeviceError(f"CUDA cannot be used: {e}. Check the driver, or set CARSO_DEVICE=cpu") from e
+    if session.get_providers()[0] != CUDA:
+        raise DeviceError(
+            f"CUDA was asked for, but the session runs on {session.get_providers()[0]}: no usable GPU, driver, CUDA or "
+            "cuDNN library was found. Check nvidia-smi, install carso's extra [cuda], or set CARSO_DEVICE=cpu"
+        )
+    return session

@@ -1,0 +1,180 @@
+"""The metrics of one process, for Prometheus: seconds and counts, histograms and never summaries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Literal, get_args
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    disable_created_metrics,
+    generate_latest,
+)
+from prometheus_client.gc_collector import GCCollector
+from prometheus_client.platform_collector import PlatformCollector
+from prometheus_client.process_collector import ProcessCollector
+
+from carso.bundle import Bundle
+from carso.inference.engine import Engine
+from carso.inference.pipeline import Job, Outcome, Path, Spared, Step
+from carso.inference.sessions import CUDA, Device, Precision
+from carso.inference.vote import Rule
+from carso.telemetry.gpus import Gpus
+from carso.telemetry.probes import Probes
+from carso.version import __version__
+
+# A gauge beside every counter, of when it began: half a page that nobody reads.
+disable_created_metrics()  # type: ignore[no-untyped-call]
+
+# from a fast answer on a GPU to a full count on a busy CPU
+SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60)
+ROWS = tuple(2**n for n in range(17))
+Stage = Literal["decode", "queue", "first_pass", "vote"]
+Cancelled = Literal["client_gone", "deadline", "stopping"]
+
+VOTES = (9, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048, 4096, 10_000)
+
+
+class Metrics:
+    """Counts what the service does. `step` is called on the engine's thread, all else on the event loop's.
+
+    What each series says, for those who read them: docs/metrics.md.
+    """
+
+    def __init__(self, bundle: Bundle, *, device: Device, provider: str, precision: Precision) -> None:
+        """`device` is what was asked for, `provider` what is in use."""
+        self._registry = registry = CollectorRegistry()
+        for collector in (ProcessCollector, PlatformCollector, GCCollector):
+            collector(registry=registry)
+        self._requests = Counter("carso_requests", "Requests answered.", ["endpoint", "code"], registry=registry)
+        self._duration = Histogram(
+            "carso_request_duration_seconds",
+            "From a request's arrival to the end of its answer.",
+            ["endpoint", "code"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._refusals = Counter(
+            "carso_rejections", "Requests that got an error, by its name.", ["reason"], registry=registry
+        )
+        self._series: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
+        stages = Histogram(
+            "carso_stage_duration_seconds",
+            "Of requests that got an answer: decode (body to array), queue (until the first pass), first_pass, vote.",
+            ["path", "stage"],
+            buckets=SECONDS,
+            registry=registry,
+        )
+        self._stages = {
+            (path, stage): stages.labels(path, stage) for path in get_args(Path) for stage in get_args(Stage)
+        }
+        cancellations = Counter(
+            "carso_cancellations", "Requests whose work was ended before its time.", ["reason"], registry=registry
+        )
+        self._cancellations = {reason: cancellations.labels(reason) for reason in get_args(Cancelled)}
+        saved = Counter("carso_votes_saved", "Votes asked for and not cast.", ["reason"], registry=registry)
+        self._saved = {reason: saved.labels(reason) for reason in get_args(Spared)}
+        self._rounds = Counter("carso_rounds", "Rounds of votes.", registry=registry)
+        self._round_rows = Histogram("carso_round_rows", "Votes of one round.", buckets=ROWS, registry=registry)
+        self._round_duration = Histogram(
+            "carso_round_duration_seconds", "Of one round of votes.", buckets=SECONDS, registry=registry
+        )
+        self._images = Counter("carso_first_pass_images", "Images that had their first pass.", registry=registry)
+        self._votes = Histogram("carso_votes_per_image", "Votes cast per image.", buckets=VOTES, registry=registry)
+        elections = Counter("carso_elections", "Elections by the rule that ended them.", ["rule"], registry=registry)
+        self._elections = {rule: elections.labels(rule) for rule in get_args(Rule)}
+        agreement = Counter(
+            "carso_path_agreement",
+            "Images by whether fast and robust path gave the same label; a rise in disagreement may be an attack.",
+            ["agree"],
+            registry=registry,
+        )
+        self._agreement = {agree: agreement.labels(str(agree).lower()) for agree in (False, True)}
+        build = Gauge(
+            "carso_build_info",
+            "1; the labels say what is running.",
+            ["version", "bundle", "bundle_version", "checksum", "device", "provider", "precision"],
+            registry=registry,
+        )
+        manifest = bundle.manifest
+        build.labels(__version__, manifest.name, manifest.version, bundle.checksum, device, provider, precision).set(1)
+        if provider == CUDA and (gpus := Gpus.find()):
+            registry.register(gpus)
+
+    def watch(self, engine: Engine, probes: Probes) -> None:
+        """Show at every scrape what `engine` owes, and whether the process is ready."""
+        ready = Gauge(
+            "carso_ready", "1: send requests; 0: draining, or the engine dead or stuck.", registry=self._registry
+        )
+        ready.set_function(lambda: float(probes.is_ready))
+        rows, limit, wait, pace, jobs = (
+            Gauge(f"carso_{name}", text, ["path"], registry=self._registry)
+            for name, text in {
+                "queue_rows": "Rows of work owed: images x samples, or 64 an image, less what is done or spared.",
+                "queue_limit_rows": "Rows of work that may be owed; beyond that, requests get 429.",
+                "estimated_wait_seconds": "Until the rows owed are done, at the measured pace.",
+                "rows_per_second": "The measured pace: rows of work done or spared per second of the engine's work.",
+                "in_flight_requests": "Requests that the engine has.",
+            }.items()
+        )
+        for path, admission in engine.admission.items():
+            limit.labels(path).set(admission.limit)
+            rows.labels(path).set_function(partial(getattr, admission, "owed"))
+            wait.labels(path).set_function(partial(getattr, admission, "wait"))
+            pace.labels(path).set_function(partial(getattr, admission, "pace"))
+            jobs.labels(path).set_function(partial(engine.in_flight_on, path))
+
+    def refusal(self, error: str) -> None:
+        """`error`: its name, of which there are as many as classes in carso.errors."""
+        self._refusals.labels(error).inc()
+
+    def request(self, *, endpoint: str, code: int, seconds: float) -> None:
+        requests, duration = self._of_endpoint(endpoint, code)
+        requests.inc()
+        duration.observe(seconds)
+
+    def cancellation(self, reason: Cancelled) -> None:
+        self._cancellations[reason].inc()
+
+    def job(self, job: Job, *, decode: float) -> None:
+        """The stages of a finished job; `decode` in seconds."""
+        stages, path = self._stages, job.path
+        stages[path, "decode"].observe(decode)
+        stages[path, "queue"].observe(job.started - job.submitted)
+        stages[path, "first_pass"].observe(job.first_pass_done - job.started)
+        if path == "robust":
+            stages[path, "vote"].observe(job.finished - job.first_pass_done)
+
+    def elections(self, outcomes: Iterable[Outcome], *, agree: Iterable[bool]) -> None:
+        """The elections of a finished job, and whether each agrees with the fast path."""
+        for outcome, agrees in zip(outcomes, agree, strict=True):
+            self._votes.observe(outcome.votes)
+            self._elections[outcome.rule].inc()
+            self._agreement[agrees].inc()
+
+    def step(self, step: Step) -> None:
+        if step.first_passes:
+            self._images.inc(step.first_passes)
+        if step.rows:
+            self._rounds.inc()
+            self._round_rows.observe(step.rows)
+            self._round_duration.observe(step.seconds)
+        for reason, votes in step.spared.items():
+            self._saved[reason].inc(votes)
+
+    def _of_endpoint(self, endpoint: str, code: int) -> tuple[Counter, Histogram]:
+        """The series themselves, kept: finding them by their labels takes longer than counting does."""
+        if (series := self._series.get((endpoint, code))) is None:
+            series = self._series[endpoint, code] = (
+                self._requests.labels(endpoint, code),
+                self._duration.labels(endpoint, code),
+            )
+        return series
+
+    def page(self) -> bytes:
+        """In Prometheus' text format."""
+        return generate_latest(self._registry)

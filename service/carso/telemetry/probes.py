@@ -1,0 +1,38 @@
+"""Whether this process is live, and whether it is ready: passive, so that no probe waits behind work."""
+
+from __future__ import annotations
+
+from carso.errors import NotReady
+from carso.http.server import Lifecycle
+from carso.inference.engine import Engine
+
+
+class Probes:
+    """Loading and the self-test were over before the port was opened; these look at what can change since."""
+
+    def __init__(self, engine: Engine, lifecycle: Lifecycle, *, watchdog: float) -> None:
+        """`watchdog`: seconds that may go by with work in flight and no step of the engine's ended."""
+        self._engine = engine
+        self._lifecycle = lifecycle
+        self._watchdog = watchdog
+
+    def live(self) -> None:
+        """Raise NotReady if only a restart helps."""
+        if not self._engine.alive:
+            raise NotReady("the engine is not running: restart this process, and see its log for the reason")
+        if self._engine.stalled(self._watchdog):
+            raise NotReady(f"the engine has work and did none for {self._watchdog:g} s: restart this process")
+
+    def ready(self) -> None:
+        """Raise NotReady if requests should go elsewhere."""
+        if self._lifecycle.draining:
+            raise NotReady("this process is stopping: send requests to another replica")
+        self.live()
+
+    @property
+    def is_ready(self) -> bool:
+        try:
+            self.ready()
+        except NotReady:
+            return False
+        return True

@@ -1,0 +1,52 @@
+"""Sample images for a README: test digits, clean and attacked, as PNG files.
+
+The attacked ones are *chosen*: on each the attack (PGD, eps 0.30, made against the IAT classifier and rounded to the
+file's eight bits) fools the fast path and not CARSO. They show what the service is for, and measure nothing.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from carso.inference.pipeline import Ballot, Pipeline
+from PIL import Image
+
+from carso_training.attacked import attacked_batches
+from carso_training.attacks import Attack
+from carso_training.data import Dataset
+from carso_training.networks import Classifier
+
+ATTACK = Attack("pgd", 0.30)
+CANDIDATES = 1000
+
+
+def write_samples(
+    folder: Path, *, classifier: Classifier, pipeline: Pipeline, data: Dataset, count: int, samples: int, seed: int
+) -> list[Path]:
+    """Write `count` digits of different classes, each clean and attacked; return the files' paths.
+
+    Raises ValueError where fewer can be found among the first 1 000 images of `data`.
+    """
+    data = data[slice(CANDIDATES)]
+    attacked = torch.cat([*attacked_batches(classifier, ATTACK, data, seed=seed)])
+    stored = (attacked * 255).round().byte().cpu()
+    seen = stored.float() / 255
+    with torch.no_grad():
+        fast = classifier(seen.to(data.images.device)).argmax(dim=1).cpu()
+        fast_clean = classifier(data.pixels()).argmax(dim=1).cpu()
+    labels = data.labels.cpu()
+    robust = torch.tensor([o.label for o in pipeline.classify(seen.numpy(), Ballot(samples=samples, risk=0.0))])
+    telling = torch.nonzero((fast != labels) & (fast_clean == labels) & (robust == labels)).flatten().tolist()
+    chosen = {int(labels[row]): row for row in reversed(telling)}
+    if len(chosen) < count:
+        raise ValueError(f"only {len(chosen)} classes have an image that shows the difference; asked for {count}")
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for label, row in sorted(chosen.items())[:count]:
+        for name, images in (("clean", data.images.cpu()), (ATTACK.name, stored)):
+            path = folder / f"{label}-{name}.png"
+            Image.fromarray(np.asarray(images[row, 0])).save(path)
+            written.append(path)
+    return written
