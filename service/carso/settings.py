@@ -1,175 +1,319 @@
-"""The settings, from the environment: CARSO_HOST, CARSO_PORT, CARSO_BUNDLE, ..."""
+"""The settings of the service: what they mean, what they allow, and how they are read.
+
+Each one is an environment variable (CARSO_PORT) and an option of `carso serve` (--port); the option wins.
+`python -m carso.settings` prints docs/settings.md.
+"""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, Field, ValidationError, WithJsonSchema
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PrivateAttr,
+    ValidationError,
+    ValidationInfo,
+    WithJsonSchema,
+    model_validator,
+)
 
-from carso.complaints import complaint
-from carso.inference.sessions import Device, Precision
-from carso.inference.vote import MAX_RISK, MIN_RISK
+from carso.choices import Device, Evidence, Precision, Risk, price_of
+from carso.complaints import allowed, complaint
 
 PREFIX = "CARSO_"
 OF_THE_CLIENT = frozenset(("CARSO_URL", "CARSO_API_KEY"))
-REFERENCE_BUNDLE = Path("models/mnist-fcn")
+SECURITY = "Security"  # the group of which a variable that is present but empty ends the start
+
+
+def _reference_bundle() -> Path:
+    """Find the bundle that an installed package carries; in a source tree it lies beside the package's folder."""
+    package = Path(__file__).parent
+    packaged = package / "models/mnist-fcn"
+    return packaged if packaged.is_dir() else package.parents[1] / "models/mnist-fcn"
+
+
+REFERENCE_BUNDLE = _reference_bundle()
 
 
 class SettingsError(Exception):
     """A setting that cannot be used. The message has a line for each: its name, its value, the allowed range."""
 
 
-def _sound_risk(risk: float) -> float:
-    if risk and not MIN_RISK <= risk <= MAX_RISK:
-        raise ValueError(f"neither 0 nor from {MIN_RISK} to {MAX_RISK}")
-    return risk
+def _not_empty(path: object) -> object:
+    if path == "":
+        raise ValueError("empty")
+    return path
 
 
-Risk = Annotated[
-    float,
-    AfterValidator(_sound_risk),
-    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_RISK, "maximum": MAX_RISK}]}),
+FilePath = Annotated[
+    Path, BeforeValidator(_not_empty), WithJsonSchema({"type": "string", "format": "path", "minLength": 1})
 ]
 
 
-Evidence = Literal["full", "label"]
+def _setting(group: str, *, shown: str | None = None, **field: Any) -> Any:
+    """Describe a field. `group`: its heading in the help and the docs. `shown`: its default in words."""
+    return Field(json_schema_extra={"group": group, "shown": shown}, **field)
 
 
-def _reference_bundle() -> Path:
-    """Below the working folder; failing that, below the source tree that holds this package."""
-    beside = Path(__file__).parents[1] / REFERENCE_BUNDLE
-    return beside if beside.is_dir() and not REFERENCE_BUNDLE.is_dir() else REFERENCE_BUNDLE
+_network = partial(_setting, "Network")
+_inference = partial(_setting, "Bundle and inference")
+_limit = partial(_setting, "Limits of one request")
+_queue = partial(_setting, "Limits of all requests together")
+_stop = partial(_setting, "Health and shutdown")
+_security = partial(_setting, SECURITY)
+_telemetry = partial(_setting, "Logs and traces")
 
 
-class Settings(BaseSettings):
-    """Every setting with its default. `Settings.read()` reads the environment; the constructor does too."""
+class Settings(BaseModel):
+    """Every setting with its default. The constructor takes values; `Settings.read()` takes them from the environment.
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, env_ignore_empty=True, frozen=True)
+    Raises pydantic's ValidationError for a value that is not allowed, and SettingsError for values that do not go
+    together; `read` raises SettingsError for both.
+    """
 
-    host: str = Field(default="127.0.0.1", min_length=1, description="Address to listen on; 0.0.0.0 for all.")
-    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0: any free one, shown in the log.")
-    bundle: Path = Field(
-        default_factory=_reference_bundle, description="Folder of the bundle to serve; default: models/mnist-fcn."
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    _options: frozenset[str] = PrivateAttr(default=frozenset())
+
+    host: str = _network(
+        default="127.0.0.1", min_length=1, description="Address to listen on. 0.0.0.0 is every IPv4 address."
     )
-    device: Device = Field(
-        default="auto", description="auto: CUDA where it is there. cuda: refuse to start without it."
+    port: int = _network(
+        default=8000, ge=0, le=65535, description="Port to listen on. 0 takes any free port; the log names it."
     )
-    precision: Precision = Field(
+    receive_timeout_s: float = _network(
+        default=30,
+        ge=0.1,
+        le=3600,
+        description="Seconds that a client has to send the headers of a request, and as many again for its body.",
+    )
+    bundle: FilePath = _inference(
+        default_factory=lambda: REFERENCE_BUNDLE,
+        shown="the bundle mnist-fcn that comes with the package",
+        description="Folder of the bundle to serve.",
+    )
+    device: Device = _inference(
+        default="auto",
+        description="auto takes CUDA where it works, and the CPU otherwise. cuda refuses to start without CUDA.",
+    )
+    precision: Precision = _inference(
         default="float32",
-        description="Of the votes. int8, on the CPU only, casts them faster, and a few in a thousand fall otherwise; "
-        "first passes are float32 always.",
+        description="Precision of the votes. int8 works on the CPU only: it casts votes faster, and a few in a "
+        "thousand votes go to another class. First passes always use float32.",
     )
-    threads: int | None = Field(
+    threads: int | None = _inference(
         default=None,
+        shown="one for each processor that the process may use",
         ge=1,
         le=1024,
-        description="Threads of ONNX Runtime on the CPU; default: the processors it may use.",
+        description="Threads of ONNX Runtime on the CPU.",
     )
-    spin: bool = Field(
-        default=False, description="Let idle threads of ONNX Runtime burn their processors for a shorter wake-up."
+    spin: bool = _inference(
+        default=False,
+        description="Keep idle threads of ONNX Runtime busy, so that they wake up sooner. This burns processor time.",
     )
-    round_rows: int = Field(
+    round_rows: int = _inference(
         default=128,  # as fast as 512 on a CPU, and the fast path waits half as long beside it (docs/speed.md)
         ge=16,
         le=65536,
-        description="Votes of one round at most, or one election's ballot if that is larger, over all in flight.",
+        description="Most votes that one round casts over all requests in flight. A single ballot may be larger. "
+        "Thousands are best on a GPU.",
     )
-    risk: Risk = Field(
+    risk: Risk = _inference(
         default=1e-3,
         description="Default chance, per image, that early stopping elects another class than the full count would. "
-        "0: count until the outcome is certain.",
+        "0 counts until the outcome is certain. This is about the count, not about adversarial robustness.",
     )
-    max_samples: int = Field(
-        default=10_000, ge=1, le=100_000, description="Votes that a caller may ask for, per image."
+    max_samples: int = _limit(
+        default=10_000, ge=1, le=100_000, description="Most votes that a caller may ask for, per image."
     )
-    max_images: int = Field(default=64, ge=1, le=4096, description="Images of one request at most.")
-    max_body_bytes: int = Field(
-        default=8 * 2**20, ge=1024, le=2**30, description="Bytes of one request's body at most."
+    max_images: int = _limit(default=64, ge=1, le=4096, description="Most images in one request.")
+    max_body_bytes: int = _limit(
+        default=8 * 2**20, ge=1024, le=2**30, description="Largest body of one request, in bytes."
     )
-    bodies_bytes: int = Field(
-        default=64 * 2**20,  # a byte of body is held up to three times while it is read
-        ge=1024,
-        le=2**40,
-        description="Bytes that the bodies of all requests in flight may have together, those of up to 64 KiB not "
-        "counted; more is refused with 429.",
-    )
-    max_pixels: int = Field(
+    max_pixels: int = _limit(
         # Measured: decoding so many takes up to 76 MB for a grey bundle and 120 MB for a colour one (WebP), and each of
         # decode_threads may be at it: beside the 130 MB of the process, two stay well inside a container's 512 MB.
         default=2**22,
         ge=1,
         le=2**26,  # Pillow warns at 1.3 times that
-        description="Pixels to which the encoded images of one request may decode, all together.",
+        description="Most pixels that the encoded images of one request may decode to, all together.",
     )
-    receive_timeout_s: float = Field(
-        default=30, ge=0.1, le=3600, description="Seconds that a client has to send a request's headers, and its body."
+    bodies_bytes: int = _queue(
+        default=64 * 2**20,  # a byte of body is held up to three times while it is read
+        ge=1024,
+        le=2**40,
+        description="Most bytes that the bodies of all requests in flight may have together. Bodies of up to 64 KiB "
+        "are not counted. The service answers more with 429. At least CARSO_MAX_BODY_BYTES.",
     )
-    decode_threads: int = Field(
-        default=2, ge=1, le=64, description="Threads that decode bodies too large to decode at once."
+    decode_threads: int = _queue(
+        default=2, ge=1, le=64, description="Threads that decode bodies too large for the event loop."
     )
-    queue_rows: int = Field(
+    queue_rows: int = _queue(
         default=2**20,
         ge=1,
         le=2**40,
-        description="Rows of work (images x samples, or 64 an image) that the robust path may owe; more gets 429.",
+        description="Most rows of work that the robust path may owe. An image owes its samples and one more, or 64 "
+        "if that is more. The service answers more with 429. At least what CARSO_MAX_IMAGES images owe at "
+        "CARSO_MAX_SAMPLES.",
     )
-    fast_queue_rows: int = Field(
-        default=2**14, ge=1, le=2**40, description="Images that the fast path may owe; more is refused with 429."
+    fast_queue_rows: int = _queue(
+        default=2**14,
+        ge=1,
+        le=2**40,
+        description="Most images that the fast path may owe. The service answers more with 429. At least "
+        "CARSO_MAX_IMAGES.",
     )
-    drain_delay_s: float = Field(
+    drain_delay_s: float = _stop(
         default=0,
         ge=0,
         le=3600,
-        description="Seconds between a signal to stop, from which on readiness fails, and the closing of the port: as "
-        "long as whoever routes requests here takes to notice.",
+        description="Seconds between a signal to stop, which makes readiness fail, and the closing of the port. Give "
+        "routers as long as they take to notice.",
     )
-    drain_timeout_s: float = Field(
-        default=30, ge=0, le=3600, description="Seconds that requests in flight then have to finish."
+    drain_timeout_s: float = _stop(
+        default=30,
+        ge=0,
+        le=3600,
+        description="Seconds that requests in flight then have to finish. The service answers the others with 503.",
     )
-    watchdog_s: float = Field(
+    watchdog_s: float = _stop(
         default=30,
         ge=0.1,
         le=3600,
-        description="Seconds without a step of the engine, while it has work, after which liveness fails.",
+        description="Seconds without a step of the engine, while it has work, after which liveness and readiness fail.",
     )
-    api_keys_file: Path | None = Field(
+    api_keys_file: FilePath | None = _security(
         default=None,
-        description="File of API keys, one a line, of which callers must send one; default: none is asked for. Read "
-        "at the start.",
+        shown="none: callers need no key",
+        description="File of API keys, one a line. Callers must send one of them. Probes and metrics need none. The "
+        "service reads the file once, at the start.",
     )
-    allow_seed: bool = Field(
+    allow_seed: bool = _security(
         default=True,
-        description="Let callers choose the seed of the latents. On: who may ask for 1 sample or the fast path can "
-        "have a weaker answer anyway. Turn it off where callers are not trusted: with a seed of their choice the "
-        "answer holds no randomness that they do not know.",
+        description="Let callers choose the seed of the latents. Turn this off where callers are not trusted: with "
+        "a seed of their choice, the answer holds no randomness that they do not know.",
     )
-    evidence: Evidence = Field(
+    evidence: Evidence = _security(
         default="full",
-        description="label: answers hold labels only, and neither tallies, scores nor timings, which an attacker who "
-        "learns from answers lives on.",
+        description="label limits answers to labels. Tallies, scores and timings, which an attacker can learn from, "
+        "are left out.",
     )
-    tracing: bool = Field(
+    tracing: bool = _telemetry(
         default=False,
-        description="Send OpenTelemetry traces; needs carso[tracing]. Where to: OTEL_EXPORTER_OTLP_ENDPOINT.",
+        description="Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT. This needs carso[tracing].",
     )
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", description="Least level that is logged."
+    log_level: Literal["debug", "info", "warning", "error"] = _telemetry(
+        default="info", description="Least level that is logged, as JSON lines on standard error."
     )
 
     @classmethod
-    def read(cls) -> Settings:
-        """Out of the environment. Raises SettingsError."""
+    def read(cls, options: Mapping[str, object] | None = None) -> Self:
+        """Read the settings from the environment, and from `options` of a command line, by field, which win.
+
+        An empty variable counts as unset, except for the security settings: those must not be switched off by a value
+        that got lost. Raises SettingsError.
+        """
+        given = dict(options or {})
+        values = _variables() | given
         try:
-            return cls()
+            return cls.model_validate(values, context=frozenset(given))
         except ValidationError as e:
-            lines = [f"{PREFIX}{str(error['loc'][0]).upper()}: {complaint(cls, error)}" for error in e.errors()]
+            lines = []
+            for error in e.errors():
+                field = str(error["loc"][0])
+                lines.append(f"{_called(field, field in given)}: {complaint(cls, error)}")
             raise SettingsError("\n".join(lines)) from None
+
+    def called(self, field: str) -> str:
+        """Name a setting as whoever set it did: as an option of the command line, or as a variable."""
+        return _called(field, field in self._options)
+
+    @model_validator(mode="after")
+    def _go_together(self, info: ValidationInfo) -> Self:
+        self._options = info.context or frozenset()
+        largest = self.max_images * price_of(self.max_samples)
+        images, samples = self.called("max_images"), self.called("max_samples")
+        self._at_least("queue_rows", largest, f"what {images} = {self.max_images} at {samples} = {self.max_samples} owe")
+        self._at_least("fast_queue_rows", self.max_images, images)
+        self._at_least("bodies_bytes", self.max_body_bytes, self.called("max_body_bytes"))
+        return self
+
+    def _at_least(self, field: str, least: int, because: str) -> None:
+        if (value := getattr(self, field)) < least:
+            raise SettingsError(
+                f"{self.called(field)}: {value} is not allowed with these limits; it must be at least {least} "
+                f"({because}), or the service would refuse the largest request every time"
+            )
+
+
+def variable(field: str) -> str:
+    """Name the environment variable of a setting: CARSO_PORT."""
+    return f"{PREFIX}{field.upper()}"
+
+
+def option(field: str) -> str:
+    """Name the command-line option of a setting: --port."""
+    return f"--{field.replace('_', '-')}"
+
+
+def group_of(field: str) -> str:
+    """Return the heading under which the help and the docs show a setting."""
+    return _facts(field)["group"] or ""
+
+
+def default_of(field: str) -> str:
+    """Return the default of a setting as the help and the docs show it."""
+    return _facts(field)["shown"] or str(Settings.model_fields[field].default).lower()
 
 
 def unknown_variables() -> list[str]:
-    """Names in the environment that begin like a setting's but are none: most likely misspelt."""
-    known = {f"{PREFIX}{field}".upper() for field in Settings.model_fields} | OF_THE_CLIENT
+    """List the variables of the environment that begin like a setting's but are not one: most likely misspelt."""
+    known = {variable(field) for field in Settings.model_fields} | OF_THE_CLIENT
     return sorted(name for name in os.environ if name.startswith(PREFIX) and name not in known)
+
+
+def page() -> str:
+    """Write docs/settings.md: a table of every setting."""
+    lines = [
+        "# Settings",
+        "",
+        "<!-- python -m carso.settings writes this page; edit service/carso/settings.py instead. -->",
+        "",
+        "Each setting is an option of `carso serve` and an environment variable. The option wins. A value that is not",
+        "allowed ends the start with exit status 2 and a message that names the setting. An empty variable counts as",
+        "unset, except under *Security*: there it ends the start.",
+    ]
+    seen = ""
+    for field, info in Settings.model_fields.items():
+        if (group := group_of(field)) != seen:
+            seen = group
+            lines += ["", f"## {group}", "", "| option | variable | default | allowed | what |", "| --- " * 5 + "|"]
+        cells = (f"`{option(field)}`", f"`{variable(field)}`", default_of(field), allowed(Settings, field))
+        lines.append(f"| {' | '.join((*cells, str(info.description)))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _variables() -> dict[str, str]:
+    found = {field: os.environ.get(variable(field)) for field in Settings.model_fields}
+    return {f: value for f, value in found.items() if value or (value is not None and group_of(f) == SECURITY)}
+
+
+def _called(field: str, as_option: bool) -> str:
+    return option(field) if as_option else variable(field)
+
+
+def _facts(field: str) -> dict[str, str | None]:
+    extra = Settings.model_fields[field].json_schema_extra
+    assert isinstance(extra, dict)  # noqa: S101  _setting puts it there
+    return extra  # type: ignore[return-value]  # and makes it of these
+
+
+if __name__ == "__main__":
+    print(page(), end="")  # noqa: T201
