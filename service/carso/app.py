@@ -1,41 +1,44 @@
-"""The application: builds every part out of the settings, and joins them."""
+"""The application: build every part out of the settings, and join them."""
 
 from __future__ import annotations
 
 import logging
-import pathlib
-from collections.abc import AsyncIterator
+import os
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from carso.api import openapi, routes
+from carso.api import open_inference, openapi, operations
 from carso.api.answers import DeviceInfo, Info, Limits, bundle_info, bundle_name
-from carso.api.classification import Classifier
+from carso.api.classification import Classification
+from carso.api.intake import Intake
 from carso.api.native import Native
 from carso.api.open_inference import Model
 from carso.bundle import Bundle
+from carso.choices import PathName
 from carso.errors import RequestError
-from carso.http.envelope import PROBES, Envelope, refuse, unread
+from carso.http.envelope import Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
-from carso.http.offload import Decoder
-from carso.http.server import Lifecycle
-from carso.images.bodies import MEDIA_TYPES
+from carso.http.refusals import refuse
+from carso.images.media_types import MEDIA_TYPES
 from carso.images.reader import Reader
 from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineError
-from carso.inference.pipeline import Ballot, Path, Pipeline
+from carso.inference.pipeline import Pipeline
 from carso.inference.processors import give_way
 from carso.inference.sessions import Sessions
 from carso.options import FastOptions, robust_options
 from carso.settings import Settings, SettingsError
 from carso.telemetry.metrics import Metrics
-from carso.telemetry.probes import Probes
+from carso.telemetry.probes import PROBES, Lifecycle, Probes
 from carso.version import __version__
 
 if TYPE_CHECKING:
@@ -49,7 +52,28 @@ DESCRIPTION = (
 )
 
 
-def create_app(settings: Settings) -> FastAPI:
+@dataclass(frozen=True, slots=True)
+class Service:
+    """An application, and what the server around it has to know of it."""
+
+    app: FastAPI
+    engine: Engine
+    lifecycle: Lifecycle  # to be told when the process drains
+    unread: Callable[[RequestError], bytes]  # makes the whole answer to a request that the HTTP parser refuses
+
+
+def create_app() -> FastAPI:
+    """Build the application out of the environment's settings, for any ASGI server.
+
+        uvicorn --factory carso.app:create_app
+
+    `carso serve` adds a drain at the stop and time limits for slow clients. Other servers do without, and the log warns
+    of it. Raises what `build` raises.
+    """
+    return build(Settings.read()).app
+
+
+def build(settings: Settings) -> Service:
     """Load and self-test the bundle, and build the application that serves it.
 
     Whatever can fail fails here, before a port is opened. Raises BundleError, DeviceError, SettingsError.
@@ -63,81 +87,61 @@ def create_app(settings: Settings) -> FastAPI:
             f"CARSO_MAX_SAMPLES: {settings.max_samples} is not allowed with bundle {manifest.name}; it must be at "
             f"least {manifest.samples}, the votes that the bundle counts by default"
         )
-    largest = settings.max_images * Ballot(samples=settings.max_samples, risk=0).price
-    if settings.queue_rows < largest or settings.fast_queue_rows < settings.max_images:
-        raise SettingsError(
-            f"CARSO_QUEUE_ROWS: {settings.queue_rows}, CARSO_FAST_QUEUE_ROWS: {settings.fast_queue_rows} are not "
-            f"allowed with these limits; they must be at least {largest} = CARSO_MAX_IMAGES x rows of an image "
-            f"and {settings.max_images} = CARSO_MAX_IMAGES, or the largest request would never be taken"
-        )
-    if settings.bodies_bytes < settings.max_body_bytes:
-        raise SettingsError(
-            f"CARSO_BODIES_BYTES: {settings.bodies_bytes} is not allowed with these limits; it must be at least "
-            f"{settings.max_body_bytes} = CARSO_MAX_BODY_BYTES, or the largest request would never be taken"
-        )
-    with ThreadPoolExecutor(1, initializer=give_way) as builder:  # ONNX Runtime's own threads take after it
-        sessions = builder.submit(
-            Sessions,
-            bundle,
-            device=settings.device,
-            precision=settings.precision,
-            threads=settings.threads,
-            spin=settings.spin,
-        ).result()
+    sessions = _sessions(bundle, settings)
     provider = sessions.provider
     metrics = Metrics(bundle, device=settings.device, provider=provider, precision=settings.precision)
-    pipeline = Pipeline(sessions, latent=manifest.latent, classes=len(manifest.classes), round_rows=settings.round_rows)
     engine = Engine(
-        pipeline,
+        Pipeline(sessions, latent=manifest.latent, classes=len(manifest.classes), round_rows=settings.round_rows),
         observe=metrics.step,
         queue_rows={"robust": settings.queue_rows, "fast": settings.fast_queue_rows},
     )
     lifecycle = Lifecycle()
     probes = Probes(engine, lifecycle, watchdog=settings.watchdog_s)
-    metrics.watch(engine, probes)
+    metrics.watch(admission=engine.admission, in_flight=engine.in_flight_on, is_ready=lambda: probes.is_ready)
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="carso-decode")
-
-    @asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        engine.start()
-        fields = {"version": __version__, "bundle": bundle_name(bundle), "provider": provider}
-        log.info("ready", extra={"fields": fields})
-        yield
-        await engine.stop()
-        pool.shutdown(wait=False, cancel_futures=True)
-        if tracing:
-            tracing.shutdown()
-
-    app = FastAPI(title="CARSO", version=__version__, description=DESCRIPTION, lifespan=lifespan, redoc_url=None)
-    app.state.engine, app.state.lifecycle = engine, lifecycle
-    app.state.unread = partial(unread, metrics)
+    served: dict[str, object] = {"bundle": bundle_name(bundle), "provider": provider}
+    app = FastAPI(
+        title="CARSO",
+        version=__version__,
+        description=DESCRIPTION,
+        lifespan=_lifespan(engine, lifecycle, pool, tracing, served=served),
+        redoc_url=None,
+    )
     options = robust_options(samples=manifest.samples, max_samples=settings.max_samples, risk=settings.risk)
-    classifier = Classifier(
+    intake = Intake(Reader(manifest.input, max_images=settings.max_images, max_pixels=settings.max_pixels), pool)
+    classification = Classification(
         engine,
         metrics=metrics,
-        trace=tracing.job if tracing else lambda job: None,
+        trace=tracing.result if tracing else lambda job, result: None,
         classes=manifest.classes,
         allow_seed=settings.allow_seed,
         evidence=settings.evidence,
     )
-    decoder = Decoder(Reader(manifest.input, max_images=settings.max_images, max_pixels=settings.max_pixels), pool)
-    native = Native(classifier, decoder, bundle, options, provider=provider, max_images=settings.max_images)
+    native = Native(
+        classification,
+        intake,
+        bundle,
+        options,
+        provider=provider,
+        max_images=settings.max_images,
+        evidence=settings.evidence,
+    )
+    native.add_to(app)
+    operations.add_to(app, probes, metrics, _info(settings, bundle, provider=provider))
     models = [
         Model(
             path,
-            classifier,
-            decoder,
+            classification,
+            intake,
             manifest,
             options if path == "robust" else FastOptions,
             provider=provider,
             max_images=settings.max_images,
             evidence=settings.evidence,
         )
-        for path in get_args(Path)
+        for path in get_args(PathName)
     ]
-    routes.add_native(app, native, options, manifest.input, max_images=settings.max_images, evidence=settings.evidence)
-    routes.add_operations(app, probes, metrics, _info(settings, bundle, provider=provider))
-    routes.add_open_inference(app, probes, models)
+    open_inference.add_to(app, models, probes)
     if keys:
         app.openapi = openapi.guarded(app, but=PROBES)  # type: ignore[method-assign]  # FastAPI's own way to do it
     for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
@@ -154,10 +158,60 @@ def create_app(settings: Settings) -> FastAPI:
     )
     if tracing:
         app.add_middleware(tracing.around)
-    return app
+    return Service(app, engine, lifecycle, partial(unread, metrics))
 
 
-def _keys(path: pathlib.Path | None) -> ApiKeys | None:
+def _sessions(bundle: Bundle, settings: Settings) -> Sessions:
+    with ThreadPoolExecutor(1, initializer=give_way) as builder:  # ONNX Runtime's own threads inherit its priority
+        return builder.submit(
+            Sessions,
+            bundle,
+            device=settings.device,
+            precision=settings.precision,
+            threads=settings.threads,
+            spin=settings.spin,
+        ).result()
+
+
+def _lifespan(
+    engine: Engine,
+    lifecycle: Lifecycle,
+    pool: ThreadPoolExecutor,
+    tracing: Tracing | None,
+    *,
+    served: dict[str, object],
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Return what surrounds the time in which the application serves.
+
+    Raises RuntimeError at the start if the process was forked since the application was built.
+    """
+    built_in = os.getpid()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if os.getpid() != built_in:  # threads do not survive a fork, ONNX Runtime's neither: it would hang
+            raise RuntimeError(
+                "this process was forked after the application was built, and its threads are gone: let each worker "
+                "build its own (gunicorn: without --preload)"
+            )
+        if not lifecycle.managed:
+            log.warning(
+                "this server is not `carso serve`: CARSO_HOST, CARSO_PORT, CARSO_DRAIN_DELAY_S, CARSO_DRAIN_TIMEOUT_S "
+                "and CARSO_LOG_LEVEL have no effect, readiness does not fail before the port is closed, and the time "
+                "for a request's headers is not limited"
+            )
+        engine.start()
+        log.info("ready", extra={"fields": {"version": __version__, **served}})
+        yield
+        await engine.stop()
+        pool.shutdown(wait=False, cancel_futures=True)
+        if tracing:
+            tracing.shutdown()
+
+    return lifespan
+
+
+def _keys(path: Path | None) -> ApiKeys | None:
     if path is None:
         return None
     try:

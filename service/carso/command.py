@@ -43,7 +43,7 @@ def _leave(number: int, frame: FrameType | None) -> None:
 def _serve() -> None:
     import uvicorn
 
-    from carso.app import create_app
+    from carso.app import build
     from carso.bundle import BundleError
     from carso.http.parser import bounded
     from carso.http.server import Server
@@ -56,17 +56,17 @@ def _serve() -> None:
         logs.configure(settings.log_level)
         for name in unknown_variables():
             log.warning("%s is in the environment but is no setting of this service", name)
-        app = create_app(settings)
+        service = build(settings)
     except SettingsError as e:
         _exit(e, BAD_SETTING)
     except (BundleError, DeviceError) as e:
         _exit(e, CANNOT_START)
     _settle()
     config = uvicorn.Config(
-        app,
+        service.app,
         host=settings.host,
         port=settings.port,
-        http=bounded(settings.receive_timeout_s, app.state.unread),
+        http=bounded(settings.receive_timeout_s, service.unread),
         lifespan="on",
         log_config=None,  # uvicorn's loggers join ours
         access_log=False,  # carso.http.envelope writes that line
@@ -76,8 +76,8 @@ def _serve() -> None:
     )
     Server(
         config,
-        lifecycle=app.state.lifecycle,
-        abandon=app.state.engine.abandon,
+        lifecycle=service.lifecycle,
+        abandon=service.engine.abandon,
         delay=settings.drain_delay_s,
         timeout=settings.drain_timeout_s,
     ).run()  # raises the signal that ended it once more; by then all is done

@@ -10,10 +10,9 @@ from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
 
+from carso.choices import MAX_SEED, Risk
 from carso.complaints import complaint, shown
 from carso.errors import ConflictingParameters, InvalidParameter, UnknownParameter
-from carso.inference.pipeline import MAX_SEED
-from carso.settings import Risk
 
 MAX_DEADLINE_MS = 600_000
 MAX_PARAMETERS = 64  # of a query: what is wrong with each would be found out on the event loop

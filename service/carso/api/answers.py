@@ -12,13 +12,8 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from carso.bundle import Bundle, Cell, InputSpec
-from carso.inference.pipeline import Job, Outcome
-from carso.inference.sessions import Device, Precision
-from carso.inference.vote import Rule
-from carso.options import RobustOptions
-from carso.settings import Evidence
-
-_WITHOUT_EVIDENCE = ("label", "class_name", "complete")
+from carso.choices import Device, Evidence, Precision
+from carso.inference.jobs import Ending, Result, Times, VotePlan
 
 
 class _Answer(BaseModel):
@@ -71,7 +66,7 @@ class RobustPrediction(RobustLabel):
     tally: list[int] = Field(description="Votes of each class, in order.")
     votes: int = Field(description="Votes cast.")
     samples: int = Field(description="Votes asked for.")
-    rule: Rule = Field(description="What ended the count.")
+    rule: Ending = Field(description="What ended the count.")
     risk: float = Field(description="The risk that was asked for.")
     seed: int = Field(description="Seed of this image's latents.")
     fast_label: int = Field(description="The fast path's answer to the same image.")
@@ -145,10 +140,12 @@ class Health(_Answer):
 
 
 def bundle_name(bundle: Bundle) -> dict[str, str]:
+    """Return a BundleName."""
     return {"name": bundle.manifest.name, "version": bundle.manifest.version, "checksum": bundle.checksum}
 
 
 def bundle_info(bundle: Bundle) -> BundleInfo:
+    """Return what /info tells of a bundle."""
     manifest = bundle.manifest
     return BundleInfo(
         **bundle_name(bundle),
@@ -162,18 +159,16 @@ def bundle_info(bundle: Bundle) -> BundleInfo:
     )
 
 
-def fast_predictions(job: Job, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Of a finished job; as FastPrediction."""
+def fast_predictions(result: Result, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return a FastPrediction of each image."""
     return [
         {"label": label, "class_name": classes[label], "probabilities": probabilities}
-        for label, probabilities in _first_pass(job)
+        for label, probabilities in _first_pass(result)
     ]
 
 
-def robust_predictions(
-    job: Job, outcomes: list[Outcome], options: RobustOptions, classes: tuple[str, ...]
-) -> list[dict[str, Any]]:
-    """Of a finished job, each of whose elections has a vote; as RobustPrediction."""
+def robust_predictions(result: Result, plan: VotePlan, classes: tuple[str, ...]) -> list[dict[str, Any]]:
+    """Return a RobustPrediction of each image; each must have had a vote."""
     return [
         {
             "label": outcome.label,
@@ -181,44 +176,46 @@ def robust_predictions(
             "share": outcome.tally[outcome.label] / outcome.votes,
             "tally": outcome.tally,
             "votes": outcome.votes,
-            "samples": options.samples,
-            "rule": outcome.rule,
-            "complete": outcome.rule != "deadline",
-            "risk": options.risk,
+            "samples": plan.samples,
+            "rule": outcome.ending,
+            "complete": outcome.ending != "deadline",
+            "risk": plan.risk,
             "seed": outcome.seed,
             "fast_label": fast_label,
             "agree": outcome.label == fast_label,
         }
-        for outcome, (fast_label, _) in zip(outcomes, _first_pass(job), strict=True)
+        for outcome, (fast_label, _) in zip(result.outcomes, _first_pass(result), strict=True)
     ]
 
 
+_LABEL_FIELDS = frozenset(RobustLabel.model_fields)
+
+
 def label_only(prediction: dict[str, Any]) -> dict[str, Any]:
-    """What is left of a prediction where the evidence is withheld: Label, RobustLabel."""
-    return {name: prediction[name] for name in _WITHOUT_EVIDENCE if name in prediction}
+    """Return what is left of a prediction where the evidence is withheld: a Label or a RobustLabel."""
+    return {name: value for name, value in prediction.items() if name in _LABEL_FIELDS}
 
 
-def _first_pass(job: Job) -> Iterator[tuple[int, list[float]]]:
-    """Label and class probabilities of each image."""
-    assert job.probabilities is not None  # noqa: S101  a finished job has them
-    for probabilities in job.probabilities.tolist():
+def _first_pass(result: Result) -> Iterator[tuple[int, list[float]]]:
+    """Yield the label and the class probabilities of each image."""
+    for probabilities in result.probabilities.tolist():
         # not numpy's argmax: it lets go of the interpreter, and the engine's thread then keeps it for a while
         yield probabilities.index(max(probabilities)), probabilities
 
 
-def fast_timings(job: Job, *, decode: float, total: float) -> dict[str, float]:
-    """Seconds -> FastTimings."""
+def fast_timings(times: Times, *, decode: float, total: float) -> dict[str, float]:
+    """Return FastTimings of durations in seconds."""
     return {
         "decode_ms": _ms(decode),
-        "queue_ms": _ms(job.started - job.submitted),
-        "first_pass_ms": _ms(job.first_pass_done - job.started),
+        "queue_ms": _ms(times.started - times.submitted),
+        "first_pass_ms": _ms(times.first_pass_done - times.started),
         "total_ms": _ms(total),
     }
 
 
-def robust_timings(job: Job, *, decode: float, total: float) -> dict[str, float]:
-    """Seconds -> RobustTimings."""
-    return {**fast_timings(job, decode=decode, total=total), "vote_ms": _ms(job.finished - job.first_pass_done)}
+def robust_timings(times: Times, *, decode: float, total: float) -> dict[str, float]:
+    """Return RobustTimings of durations in seconds."""
+    return {**fast_timings(times, decode=decode, total=total), "vote_ms": _ms(times.finished - times.first_pass_done)}
 
 
 def _ms(seconds: float) -> float:

@@ -1,6 +1,6 @@
 """From images and options to predictions: one request's job, run by the engine and accounted for.
 
-Every API of the service ends here; each reads its own requests and writes its own answers.
+Every API of the service ends here. Each reads its own requests and writes its own answers.
 """
 
 from __future__ import annotations
@@ -14,35 +14,33 @@ import numpy as np
 from starlette.requests import Request
 
 from carso.api import answers
+from carso.choices import Evidence, PathName
 from carso.errors import ClientGone, DeadlineExceeded, SeedRefused
 from carso.http.disconnect import WhileConnected
-from carso.http.envelope import Exchange
+from carso.http.exchange import Exchange
 from carso.inference.engine import Engine, EngineStopped
-from carso.inference.pipeline import Ballot, Job, Path
+from carso.inference.jobs import Job, Result, VotePlan
 from carso.options import RobustOptions
-from carso.settings import Evidence
 from carso.telemetry.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """What one caller is told: `predictions` as answers.RobustPrediction or FastPrediction, or as much of them as the
-    operator lets callers see; `timings` likewise.
-    """
+    """What one caller is told."""
 
-    predictions: list[dict[str, Any]]
+    predictions: list[dict[str, Any]]  # as answers.RobustPrediction or FastPrediction, or what evidence callers may see
     timings: dict[str, float] | None  # None: withheld
 
 
-class Classifier:
-    """Both paths over one engine."""
+class Classification:
+    """Classifies images on both paths, over one engine."""
 
     def __init__(
         self,
         engine: Engine,
         *,
         metrics: Metrics,
-        trace: Callable[[Job], None],
+        trace: Callable[[Job, Result], None],
         classes: tuple[str, ...],
         allow_seed: bool,
         evidence: Evidence,
@@ -55,65 +53,68 @@ class Classifier:
         self._allow_seed = allow_seed
         self._label_only = evidence == "label"
 
-    def check(self, path: Path) -> None:
+    def check(self, path: PathName) -> None:
         """Raise QueueFull if not even one image fits: before a body is read, so that a full queue costs no more."""
         self._engine.admission[path].check(1)
 
     async def fast(self, request: Request, images: np.ndarray, *, decode: float) -> Classified:
-        """The first pass of `images` [N, *shape], which took `decode` seconds to decode."""
-        exchange: Exchange = request.state.exchange
-        job = await self._run(request, Job(images))
-        self._metrics.job(job, decode=decode)
-        timings = answers.fast_timings(job, decode=decode, total=time.monotonic() - exchange.arrived)
-        predictions = answers.fast_predictions(job, self._classes)
-        return self._told(exchange, predictions, timings)
+        """Answer with the first pass of `images` [n, *shape] float32, which took `decode` seconds to decode.
+
+        Raises QueueFull, ClientGone, and the engine's errors.
+        """
+        exchange = Exchange.of(request.scope)
+        result = await self._run(request, Job(images))
+        self._metrics.result("fast", result, decode=decode)
+        timings = answers.fast_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
+        return self._told(exchange, answers.fast_predictions(result, self._classes), timings)
 
     async def robust(
         self, request: Request, images: np.ndarray, options: RobustOptions, *, decode: float
     ) -> Classified:
-        """Both passes. Raises SeedRefused, DeadlineExceeded."""
+        """Answer with both passes of `images` [n, *shape] float32, which took `decode` seconds to decode.
+
+        Raises SeedRefused, DeadlineExceeded, QueueFull, ClientGone, and the engine's errors.
+        """
         if not self._allow_seed and options.seed is not None:
             raise SeedRefused("this service chooses the seed itself: leave seed out, or ask its operator to allow it")
-        exchange: Exchange = request.state.exchange
-        ballot = Ballot(samples=options.samples, risk=options.risk, seed=options.seed)
+        exchange = Exchange.of(request.scope)
+        plan = VotePlan(samples=options.samples, risk=options.risk, seed=options.seed)
         deadline = None if options.deadline_ms is None else exchange.arrived + options.deadline_ms / 1e3
-        job = await self._run(request, Job(images, ballot, deadline))
+        result = await self._run(request, Job(images, plan, deadline))
 
-        outcomes = [outcome for outcome in job.outcomes if outcome is not None]
-        if any(outcome.rule == "deadline" for outcome in outcomes):
+        if any(outcome.ending == "deadline" for outcome in result.outcomes):
             self._metrics.cancellation("deadline")
-        if unvoted := sum(not outcome.votes for outcome in outcomes):
+        if unvoted := sum(not outcome.votes for outcome in result.outcomes):
             raise DeadlineExceeded(
                 f"no vote was cast for {unvoted} of {len(images)} images within {options.deadline_ms} ms: "
                 "give a later deadline_ms, or send fewer images"
             )
-        predictions = answers.robust_predictions(job, outcomes, options, self._classes)
+        predictions = answers.robust_predictions(result, plan, self._classes)
         agree = [prediction["agree"] for prediction in predictions]
-        self._metrics.job(job, decode=decode)
-        self._metrics.elections(outcomes, agree=agree)
-        timings = answers.robust_timings(job, decode=decode, total=time.monotonic() - exchange.arrived)
-        exchange.fields["votes"] = sum(outcome.votes for outcome in outcomes)
-        exchange.fields["agree"] = sum(agree)
+        self._metrics.result("robust", result, decode=decode)
+        self._metrics.elections(result.outcomes, agree=agree)
+        exchange.votes = sum(outcome.votes for outcome in result.outcomes)
+        exchange.agree = sum(agree)
+        timings = answers.robust_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
         return self._told(exchange, predictions, timings)
 
     def _told(self, exchange: Exchange, predictions: list[dict[str, Any]], timings: dict[str, float]) -> Classified:
-        exchange.fields["labels"] = [prediction["label"] for prediction in predictions]
-        exchange.fields["timings"] = timings
+        exchange.labels = [prediction["label"] for prediction in predictions]
+        exchange.timings = timings
         if self._label_only:
             return Classified([answers.label_only(prediction) for prediction in predictions], None)
         return Classified(predictions, timings)
 
-    async def _run(self, request: Request, job: Job) -> Job:
-        exchange: Exchange = request.state.exchange
-        exchange.fields["images"] = len(job.images)
+    async def _run(self, request: Request, job: Job) -> Result:
+        Exchange.of(request.scope).images = len(job.images)
         try:
             async with WhileConnected(request.receive):
-                await self._engine.run(job)
+                result = await self._engine.run(job)
         except ClientGone:
             self._metrics.cancellation("client_gone")
             raise
         except EngineStopped:
             self._metrics.cancellation("stopping")
             raise
-        self._trace(job)
-        return job
+        self._trace(job, result)
+        return result

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import time
+from functools import partial
+from typing import Any
+
 import numpy as np
+from fastapi import FastAPI
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
 
-from carso.api import answers
-from carso.api.classification import Classified, Classifier
+from carso.api import answers, openapi
+from carso.api.classification import Classification, Classified
+from carso.api.intake import Intake
 from carso.bundle import Bundle
-from carso.http.offload import Decoder
+from carso.choices import Evidence
+from carso.http.exchange import Exchange
 from carso.images import bodies, json_values
-from carso.images.reader import Source
+from carso.images.numbers import Source
 from carso.options import FastOptions, Options, RobustOptions, parse
 
 
@@ -21,48 +28,79 @@ class Native:
 
     def __init__(
         self,
-        classifier: Classifier,
-        decoder: Decoder,
+        classification: Classification,
+        intake: Intake,
         bundle: Bundle,
         robust_options: type[RobustOptions],
         *,
         provider: str,
         max_images: int,
+        evidence: Evidence,
     ) -> None:
-        """`robust_options`: with this service's limits."""
-        self._classifier = classifier
-        self._decoder = decoder
-        self._max_images = max_images
-        self._max_values = json_values.limit(bundle.manifest.input.shape)
+        """`robust_options` holds this service's defaults and limits."""
+        self._classification = classification
+        self._intake = intake
         self._robust_options = robust_options
+        self._spec = bundle.manifest.input
+        self._max_images = max_images
+        self._max_values = json_values.limit(self._spec.shape)
+        self._evidence = evidence
         self._served = {"bundle": answers.bundle_name(bundle), "provider": provider}
 
+    def add_to(self, app: FastAPI) -> None:
+        """Add the endpoints and their documentation to an application."""
+        full = self._evidence == "full"
+        openapi.add_endpoint(
+            app,
+            "/classify",
+            self.robust,
+            summary="Classify by vote over purified images (the robust path)",
+            answer=answers.RobustAnswer if full else answers.RobustLabels,
+            errors=openapi.NATIVE_ERRORS + openapi.ROBUST_ERRORS,
+            extra=openapi.operation(self._robust_options, self._spec, max_images=self._max_images),
+        )
+        openapi.add_endpoint(
+            app,
+            "/classify/fast",
+            self.fast,
+            summary="Classify by the first pass alone (the fast path)",
+            answer=answers.FastAnswer if full else answers.FastLabels,
+            errors=openapi.NATIVE_ERRORS,
+            extra=openapi.operation(FastOptions, self._spec, max_images=self._max_images),
+        )
+
     async def fast(self, request: Request) -> Response:
-        """The fast path: the first pass only."""
-        self._classifier.check("fast")
+        """Answer by the first pass only."""
+        self._classification.check("fast")
         images, _, decode = await self._read(request, FastOptions)
-        return self._answer(request, await self._classifier.fast(request, images, decode=decode))
+        return self._answer(request, await self._classification.fast(request, images, decode=decode))
 
     async def robust(self, request: Request) -> Response:
-        """The robust path: both passes."""
-        self._classifier.check("robust")
+        """Answer by both passes and the vote."""
+        self._classification.check("robust")
         images, options, decode = await self._read(request, self._robust_options)
-        return self._answer(request, await self._classifier.robust(request, images, options, decode=decode))
-
-    def _answer(self, request: Request, classified: Classified) -> Response:
-        content = {"predictions": classified.predictions, **self._served}
-        if classified.timings is not None:
-            content["timings"] = classified.timings
-        content["request_id"] = request.state.exchange.request_id
-        return Response(to_json(content), media_type="application/json")
+        return self._answer(request, await self._classification.robust(request, images, options, decode=decode))
 
     async def _read(self, request: Request, model: type[Options]) -> tuple[np.ndarray, Options, float]:
-        content_type = request.headers.get("content-type", "")
-        query: bytes = request.scope["query_string"]
+        """Return the images and options of a request, and the seconds that reading them took once the body was here."""
         data = await request.body()
+        began = time.monotonic()
+        take_apart = partial(
+            self._take_apart, model, request.headers.get("content-type", ""), request.scope["query_string"], data
+        )
+        sources, options = await self._intake.parse(take_apart, size=len(data), receive=request.receive)
+        images = await self._intake.read(sources, resize=options.resize, size=len(data), receive=request.receive)
+        return images, options, time.monotonic() - began
 
-        def take_apart() -> tuple[list[Source], Options]:
-            body = bodies.parse(content_type, data, max_images=self._max_images, max_values=self._max_values)
-            return body.sources, parse(model, query, body.options)
+    def _take_apart(
+        self, model: type[Options], content_type: str, query: bytes, data: bytes
+    ) -> tuple[list[Source], Options]:
+        body = bodies.parse(content_type, data, max_images=self._max_images, max_values=self._max_values)
+        return body.sources, parse(model, query, body.options)
 
-        return await self._decoder.decode(len(data), take_apart, request.receive)
+    def _answer(self, request: Request, classified: Classified) -> Response:
+        content: dict[str, Any] = {"predictions": classified.predictions, **self._served}
+        if classified.timings is not None:
+            content["timings"] = classified.timings
+        content["request_id"] = Exchange.of(request.scope).request_id
+        return Response(to_json(content), media_type="application/json")

@@ -5,50 +5,41 @@ Two models: the bundle's name is the robust path, and the same with -fast the fa
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import time
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
+from fastapi import FastAPI
 from pydantic import BaseModel
 from starlette.requests import Request
 from starlette.responses import Response
 
-from carso.api import tensors
-from carso.api.classification import Classified, Classifier
-from carso.api.tensors import InferRequest, OutputType
+from carso.api import answers, openapi, tensors
+from carso.api.classification import Classification, Classified
+from carso.api.intake import Intake
+from carso.api.tensors import InferRequest, InferResponse, OutputType
 from carso.bundle import InputSpec, Manifest
+from carso.choices import Evidence, PathName
 from carso.complaints import shown
-from carso.errors import ConflictingParameters, InvalidParameter, UnknownOutput
-from carso.http.offload import Decoder
+from carso.errors import ConflictingParameters, InvalidParameter, NotFound, UnknownOutput
+from carso.http.exchange import Exchange
 from carso.images import json_values
-from carso.images.reader import Source
-from carso.inference.pipeline import Path
+from carso.images.numbers import Source
 from carso.options import FastOptions, RobustOptions, parse
-from carso.settings import Evidence
+from carso.telemetry.probes import LIVE, LIVE_V2, READY, READY_V2, Probes
 from carso.version import __version__
 
 JSON_SIZE = "inference-header-content-length"
 
-_LABEL: dict[str, OutputType] = {"label": "INT64", "class_name": "BYTES"}
-_TYPES: dict[tuple[Path, Evidence], dict[str, OutputType]] = {  # of a prediction's fields
-    ("fast", "label"): _LABEL,
-    ("fast", "full"): {**_LABEL, "probabilities": "FP64"},
-    ("robust", "label"): {**_LABEL, "complete": "BOOL"},
-    ("robust", "full"): {
-        **_LABEL,
-        "share": "FP64",
-        "tally": "INT64",
-        "votes": "INT64",
-        "samples": "INT64",
-        "rule": "BYTES",
-        "complete": "BOOL",
-        "risk": "FP64",
-        "seed": "INT64",
-        "fast_label": "INT64",
-        "agree": "BOOL",
-    },
+_PREDICTIONS: dict[tuple[PathName, Evidence], type[BaseModel]] = {
+    ("fast", "label"): answers.Label,
+    ("fast", "full"): answers.FastPrediction,
+    ("robust", "label"): answers.RobustLabel,
+    ("robust", "full"): answers.RobustPrediction,
 }
-_PER_CLASS = ("probabilities", "tally")
+_DATATYPES: dict[type, OutputType] = {int: "INT64", float: "FP64", bool: "BOOL", str: "BYTES"}
 
 
 class ServerMetadata(BaseModel):
@@ -76,9 +67,9 @@ class Model:
 
     def __init__(
         self,
-        path: Path,
-        classifier: Classifier,
-        decoder: Decoder,
+        path: PathName,
+        classification: Classification,
+        intake: Intake,
         manifest: Manifest,
         options: type[FastOptions],
         *,
@@ -86,47 +77,55 @@ class Model:
         max_images: int,
         evidence: Evidence,
     ) -> None:
-        """`options`: RobustOptions with this service's limits for the robust path, else FastOptions."""
+        """`options`: RobustOptions with this service's limits on the robust path, FastOptions on the fast one."""
         self.name = manifest.name if path == "robust" else f"{manifest.name}-fast"
         self.version = manifest.version
         self.path = path
-        self._classifier = classifier
-        self._decoder = decoder
+        fields = _PREDICTIONS[path, evidence].model_fields
+        self._classification = classification
+        self._intake = intake
         self._provider = provider
         self._max_images = max_images
         self._max_values = json_values.limit(manifest.input.shape)
         self._options = options
-        self._types = _TYPES[path, evidence]
+        self._types = {name: _datatype(field.annotation) for name, field in fields.items()}
         self.metadata = ModelMetadata(
             name=self.name,
             versions=(self.version,),
             platform="onnxruntime_carso",
             inputs=(_input(manifest.input),),
-            outputs=tuple(_output(name, kind, classes=len(manifest.classes)) for name, kind in self._types.items()),
+            outputs=tuple(
+                TensorMetadata(
+                    name=name,
+                    datatype=self._types[name],
+                    shape=[-1, len(manifest.classes)] if get_origin(field.annotation) is list else [-1],
+                )
+                for name, field in fields.items()
+            ),
         )
 
     async def infer(self, request: Request) -> Response:
-        """Classify. Raises UnknownOutput and the errors of tensors.parse, Decoder.decode, Classifier."""
-        self._classifier.check(self.path)
+        """Classify. Raises UnknownOutput and the errors of tensors.parse, Intake and Classification."""
+        self._classification.check(self.path)
         data = await request.body()
-        asked: InferRequest
+        began = time.monotonic()
+        take_apart = partial(self._take_apart, data, request.headers.get(JSON_SIZE))
+        asked, sources, options = await self._intake.parse(take_apart, size=len(data), receive=request.receive)
+        images = await self._intake.read(sources, resize=options.resize, size=len(data), receive=request.receive)
+        classified = await self._classify(request, images, options, decode=time.monotonic() - began)
+        return self._respond(request, asked, classified)
 
-        def take_apart() -> tuple[list[Source], FastOptions]:
-            nonlocal asked
-            json_size = request.headers.get(JSON_SIZE)
-            asked, sources = tensors.parse(data, json_size, max_images=self._max_images, max_values=self._max_values)
-            self._check_outputs(asked)
-            return sources, parse(self._options, b"", _options(asked, self.path))
-
-        images, options, decode = await self._decoder.decode(len(data), take_apart, request.receive)
-        return self._respond(request, asked, await self._classify(request, images, options, decode=decode))
+    def _take_apart(self, data: bytes, json_size: str | None) -> tuple[InferRequest, Sequence[Source], FastOptions]:
+        asked, sources = tensors.parse(data, json_size, max_images=self._max_images, max_values=self._max_values)
+        self._check_outputs(asked)
+        return asked, sources, parse(self._options, b"", _options(asked, self.path))
 
     async def _classify(
         self, request: Request, images: np.ndarray, options: FastOptions, *, decode: float
     ) -> Classified:
         if isinstance(options, RobustOptions):
-            return await self._classifier.robust(request, images, options, decode=decode)
-        return await self._classifier.fast(request, images, decode=decode)
+            return await self._classification.robust(request, images, options, decode=decode)
+        return await self._classification.fast(request, images, decode=decode)
 
     def _check_outputs(self, asked: InferRequest) -> None:
         for output in asked.outputs or ():
@@ -144,7 +143,7 @@ class Model:
         response: dict[str, Any] = {"model_name": self.name, "model_version": self.version}
         if asked.id is not None:
             response["id"] = asked.id
-        response["parameters"] = {"provider": self._provider, "request_id": request.state.exchange.request_id}
+        response["parameters"] = {"provider": self._provider, "request_id": Exchange.of(request.scope).request_id}
         body, json_size = tensors.respond(response, self._tensors(classified, wanted, everything=everything))
         if json_size is None:
             return Response(body, media_type="application/json")
@@ -158,8 +157,8 @@ class Model:
             yield name, self._types[name], values, everything if binary is None else binary
 
 
-def _options(asked: InferRequest, path: Path) -> dict[str, Any]:
-    """The parameters that are options. Triton's `timeout`, in microseconds, 0 for none, is the deadline."""
+def _options(asked: InferRequest, path: PathName) -> dict[str, Any]:
+    """Return the parameters that are options. Triton's `timeout`, in microseconds, 0 for none, is the deadline."""
     options = {name: value for name, value in asked.parameters.items() if name != "binary_data_output"}
     if path == "robust" and "timeout" in options:
         timeout = options.pop("timeout")
@@ -178,5 +177,62 @@ def _input(spec: InputSpec) -> TensorMetadata:
     return TensorMetadata(name=tensors.INPUT, datatype="FP32", shape=[-1, *spec.shape])
 
 
-def _output(name: str, datatype: OutputType, *, classes: int) -> TensorMetadata:
-    return TensorMetadata(name=name, datatype=datatype, shape=[-1, classes] if name in _PER_CLASS else [-1])
+def _datatype(annotation: Any) -> OutputType:
+    """Return the datatype of a prediction's field, or of the items of its list."""
+    if get_origin(annotation) is list:
+        (annotation,) = get_args(annotation)
+    return "BYTES" if get_origin(annotation) is Literal else _DATATYPES[annotation]
+
+
+def add_to(app: FastAPI, models: Sequence[Model], probes: Probes) -> None:
+    """Add the protocol's endpoints to an application.
+
+    Every path is spelt out, so that metrics can name it. The protocol's clients learn of all others why they fail.
+    """
+    guarded, health = openapi.GUARDED, openapi.HEALTH
+
+    @app.get("/v2", summary="The server, in the Open Inference Protocol", responses=guarded)
+    async def server_metadata() -> ServerMetadata:
+        return ServerMetadata()
+
+    @app.get(LIVE_V2, summary=f"As {LIVE}", responses=health)
+    async def live() -> dict[str, bool]:
+        probes.live()
+        return {"live": True}
+
+    @app.get(READY_V2, summary=f"As {READY}", responses=health)
+    async def ready() -> dict[str, bool]:
+        probes.ready()
+        return {"ready": True}
+
+    for model in models:
+        for at in (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{model.version}"):
+            _add_model(app, probes, model, at)
+
+    @app.api_route("/v2/models/{rest:path}", methods=["GET", "POST"], include_in_schema=False)
+    async def no_such_model(rest: str) -> None:
+        names = " and ".join(model.name for model in models)
+        raise NotFound(f"there is nothing at this path: the models here are {names}")
+
+
+def _add_model(app: FastAPI, probes: Probes, model: Model, at: str) -> None:
+    async def metadata() -> ModelMetadata:
+        return model.metadata
+
+    async def ready() -> dict[str, Any]:
+        probes.ready()
+        return {"name": model.name, "ready": True}
+
+    both = openapi.GUARDED | openapi.HEALTH
+    app.get(at, summary=f"The model {model.name}", responses=openapi.GUARDED)(metadata)
+    app.get(f"{at}/ready", summary=f"Whether {model.name} takes requests", responses=both)(ready)
+    of_the_path = (*openapi.ROBUST_ERRORS, ConflictingParameters) if model.path == "robust" else ()
+    openapi.add_endpoint(
+        app,
+        f"{at}/infer",
+        model.infer,
+        summary=f"Classify, as the model {model.name} of the Open Inference Protocol",
+        answer=InferResponse,
+        errors=(*openapi.TENSOR_ERRORS, *of_the_path),
+        extra=openapi.operation_on_tensors(InferRequest),
+    )

@@ -1,38 +1,116 @@
-"""The parts of the OpenAPI document that FastAPI cannot read off the handlers, which take their requests apart
+"""Endpoints, and the parts of the OpenAPI document that FastAPI cannot read off handlers that take their requests apart
 themselves: bodies, options, errors.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from pydantic import BaseModel
+from starlette.requests import Request
+from starlette.responses import Response
 
+from carso import errors as e
 from carso.api.answers import ErrorAnswer
-from carso.api.tensors import InferRequest
 from carso.bundle import InputSpec
-from carso.errors import ClientGone, RequestError
-from carso.images.bodies import IMAGE_TYPES, JSON, MULTIPART, NPY
+from carso.http.statuses import STATUS
+from carso.images.media_types import IMAGE_TYPES, JSON, MULTIPART, NPY
 from carso.options import FastOptions
 
+Errors = tuple[type[e.RequestError], ...]
 
-def responses(*types: type[RequestError]) -> dict[int | str, dict[str, Any]]:
-    """`responses` of a route that answers with these errors."""
+ROBUST_ERRORS: Errors = (e.SeedRefused, e.DeadlineExceeded)
+_CLASSIFICATION_ERRORS: Errors = (
+    e.UndecodableImage,
+    e.UndecodableJson,
+    e.UndecodableBase64,
+    e.MalformedRequest,
+    e.Unauthorized,
+    e.RequestTimeout,
+    e.BodyTooLarge,
+    e.TooManyImages,
+    e.TooManyPixels,
+    e.UnsupportedMediaType,
+    e.HeadTooLarge,
+    e.WrongShape,
+    e.NotFinite,
+    e.OutOfRange,
+    e.EmptyBatch,
+    e.RaggedArray,
+    e.NotNumbers,
+    e.TransparentImage,
+    e.AnimatedImage,
+    e.UnknownParameter,
+    e.InvalidParameter,
+    e.Overloaded,
+    e.InternalError,
+    e.EngineFailed,
+    e.NotReady,
+)
+NATIVE_ERRORS: Errors = (
+    *_CLASSIFICATION_ERRORS,
+    e.UndecodableNpy,
+    e.UndecodableMultipart,
+    e.ObjectArray,
+    e.UnsupportedDtype,
+    e.UnexpectedPart,
+    e.MissingImages,
+    e.ConflictingParameters,
+)
+TENSOR_ERRORS: Errors = (*_CLASSIFICATION_ERRORS, e.InvalidTensor, e.UnknownOutput)
+
+
+class _DirectRoute(APIRoute):
+    """A route whose handler takes the request and returns the response itself, with no dependencies to solve."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return handler
+
+
+def add_endpoint(
+    app: FastAPI,
+    path: str,
+    handler: Callable[[Request], Coroutine[Any, Any, Response]],
+    *,
+    summary: str,
+    answer: type[BaseModel],
+    errors: Iterable[type[e.RequestError]],
+    extra: dict[str, Any],
+) -> None:
+    """Add a POST endpoint whose handler takes its request apart itself.
+
+    `answer` and `errors` are what it answers with; `extra` is the rest of its `openapi_extra`.
+    """
+    app.router.add_api_route(
+        path,
+        handler,
+        methods=["POST"],
+        summary=summary,
+        responses={200: {"model": answer}, **responses(*errors)},
+        openapi_extra=extra,
+        route_class_override=_DirectRoute,
+    )
+
+
+def responses(*types: type[e.RequestError]) -> dict[int | str, dict[str, Any]]:
+    """Return the `responses` of a route that answers with these errors."""
     names: dict[int, list[str]] = defaultdict(list)
     for kind in types:
-        names[kind.status].append(f"- `{kind.name}`: {kind.__doc__}")
+        names[STATUS[kind]].append(f"- `{kind.name}`: {kind.__doc__}")
     return {status: {"model": ErrorAnswer, "description": "\n".join(lines)} for status, lines in sorted(names.items())}
 
 
-def all_errors(*, but: Iterable[type[RequestError]] = ()) -> list[type[RequestError]]:
-    """Every error that a caller can get to see, without those in `but`."""
-    return [kind for kind in RequestError.__subclasses__() if kind is not ClientGone and kind not in but]
+HEALTH = responses(e.InternalError, e.NotReady)
+GUARDED = responses(e.InternalError, e.Unauthorized)
 
 
 def operation(options: type[FastOptions], spec: InputSpec, *, max_images: int) -> dict[str, Any]:
-    """`openapi_extra` of an endpoint that classifies images of `spec`."""
+    """Return the `openapi_extra` of an endpoint that classifies images of `spec`."""
     properties = options.model_json_schema()["properties"]
     for schema in properties.values():
         schema.pop("title", None)
@@ -43,7 +121,7 @@ def operation(options: type[FastOptions], spec: InputSpec, *, max_images: int) -
 
 
 def guarded(app: FastAPI, *, but: Collection[str]) -> Callable[[], dict[str, Any]]:
-    """`app.openapi` of a service that asks for API keys, at all paths but these."""
+    """Return the `app.openapi` of a service that asks for API keys, at all paths but these."""
     plain = app.openapi
 
     def document() -> dict[str, Any]:
@@ -58,11 +136,11 @@ def guarded(app: FastAPI, *, but: Collection[str]) -> Callable[[], dict[str, Any
     return document
 
 
-def operation_on_tensors() -> dict[str, Any]:
-    """`openapi_extra` of an endpoint of the Open Inference Protocol."""
+def operation_on_tensors(request: type[BaseModel]) -> dict[str, Any]:
+    """Return the `openapi_extra` of an endpoint of the Open Inference Protocol, whose JSON is a `request`."""
     binary = "The same JSON, and tensors in binary form behind it; the header says where it ends."
     content = {
-        JSON: {"schema": _inlined(InferRequest.model_json_schema())},
+        JSON: {"schema": _inlined(request.model_json_schema())},
         "application/octet-stream": {"schema": {"type": "string", "format": "binary", "description": binary}},
     }
     header = {
@@ -76,7 +154,7 @@ def operation_on_tensors() -> dict[str, Any]:
 
 
 def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
-    """A schema without references; it must not refer to itself."""
+    """Return a schema without references; it must not refer to itself."""
     definitions = schema.pop("$defs", {})
 
     def resolved(part: Any) -> Any:
@@ -94,7 +172,7 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
-    """A query string has no null, so an option that may be left out is simply not required."""
+    """Describe an option as a query parameter, never a required one: a query string has no null."""
     value = {key: item for key, item in schema.items() if key not in ("description", "anyOf", "default")}
     if alternatives := [part for part in schema.get("anyOf", ()) if part.get("type") != "null"]:
         value |= alternatives[0] if len(alternatives) == 1 else {"anyOf": alternatives}
@@ -123,7 +201,7 @@ def _object(properties: dict[str, Any], *, required: str) -> dict[str, Any]:
 
 
 def _nested(spec: InputSpec, shape: tuple[int, ...]) -> dict[str, Any]:
-    """Nested lists of numbers; their lengths hold unless `resize` is given, so they are said in words only."""
+    """Describe nested lists of numbers. Their lengths hold unless `resize` is given, so only words state them."""
     schema: dict[str, Any] = {"type": "number", "minimum": spec.low, "maximum": spec.high}
     for _ in shape:
         schema = {"type": "array", "minItems": 1, "items": schema}

@@ -29,7 +29,7 @@ from carso.errors import (
     UndecodableBase64,
 )
 from carso.images import json_values
-from carso.images.reader import Source, from_lists
+from carso.images.numbers import Source, from_lists
 
 INPUT = "images"
 

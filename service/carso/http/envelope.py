@@ -12,36 +12,24 @@ import random
 import re
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
 from http import HTTPStatus
-from typing import Any
 
-from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from carso.complaints import shown
-from carso.errors import (
-    BodyTooLarge,
-    NotReady,
-    Overloaded,
-    RequestError,
-    RequestTimeout,
-    UnsupportedMediaType,
-    answer,
-    as_request_error,
-)
+from carso.errors import BodyTooLarge, NotReady, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
+from carso.http.exchange import Exchange
 from carso.http.keys import ApiKeys
-from carso.http.server import Lifecycle
+from carso.http.refusals import answer, as_request_error
+from carso.http.statuses import STATUS
 from carso.telemetry.metrics import Metrics
+from carso.telemetry.probes import PROBES, Lifecycle
 
 log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
-# Asked by machines, often: they need no key, and are logged at level debug only.
-PROBES = frozenset(("/livez", "/readyz", "/metrics", "/v2/health/live", "/v2/health/ready"))
 PAGES = frozenset(("/docs",))  # meant for browsers; it draws its scripts and styles from elsewhere
 
 # Bytes of a body that is not counted among those in flight: uvicorn takes as much of each unasked, and whoever fills
@@ -54,17 +42,6 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
 )
 _NO_CONTENT = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
-
-
-@dataclass(eq=False, slots=True)
-class Exchange:
-    """One request and its answer; in the handlers, `request.state.exchange`."""
-
-    request_id: str
-    arrived: float = field(default_factory=time.monotonic)
-    code: int = 0  # 0: no answer was begun
-    fields: dict[str, Any] = field(default_factory=dict)  # for the log
-    held: int = 0  # bytes of its body, as far as they are counted
 
 
 class Envelope:
@@ -100,10 +77,10 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        exchange = Exchange(_request_id(headers.get(b"x-request-id", b"")))
+        exchange = Exchange(request_id=_request_id(headers.get(b"x-request-id", b"")))
         if trace := TRACEPARENT.fullmatch(headers.get(b"traceparent", b"")):
-            exchange.fields["trace_id"] = trace[1].decode()
-        scope.setdefault("state", {})["exchange"] = exchange
+            exchange.trace_id = trace[1].decode()
+        exchange.attach(scope)
         path: str = scope["path"]
         send = _with_headers(send, exchange, path=path, closing=self._lifecycle.draining)
         try:
@@ -112,21 +89,21 @@ class Envelope:
             await self._app(scope, self._limited(receive, headers, exchange), send)
         except Exception as e:  # whatever no handler below has turned into an answer
             known = as_request_error(e)
-            exchange.fields["error"] = known.name
-            if known.status >= 500:
+            exchange.error = known.name
+            if STATUS[type(known)] >= 500:
                 log.exception("request failed", extra={"fields": {"request_id": exchange.request_id}})
-            if not exchange.code:
+            if not exchange.status:
                 await answer(e, exchange.request_id, path=path)(scope, receive, send)
         except asyncio.CancelledError:
             task = asyncio.current_task()
-            if not self._lifecycle.draining or exchange.code or task is None:
+            if not self._lifecycle.draining or exchange.status or task is None:
                 raise
             task.uncancel()  # by uvicorn, when the time to drain is over; it cancels once
             stopping = NotReady("the service is stopping: send this request again, to another replica if any")
-            exchange.fields["error"] = stopping.name
+            exchange.error = stopping.name
             await answer(stopping, exchange.request_id, path=path)(scope, receive, send)
         finally:
-            self._held -= exchange.held
+            self._held -= exchange.body_bytes
             endpoint = path if path in self._endpoints else "other"
             level = logging.DEBUG if path in PROBES else logging.INFO
             _account(self._metrics, exchange, endpoint=endpoint, method=scope["method"], level=level)
@@ -175,52 +152,45 @@ class Envelope:
 
     def _hold(self, exchange: Exchange, size: int) -> None:
         """Count the body of a request as having `size` bytes from now on. Raises Overloaded."""
-        more = size - exchange.held
+        more = size - exchange.body_bytes
         if size <= SMALL_BODY or more <= 0:
             return
         if self._held + more > self._bodies_bytes:
             raise Overloaded(
-                f"the bodies of other requests hold {self._held - exchange.held} bytes, this one has {size}, and at "
-                f"most {self._bodies_bytes} are held together: send it again in 1 s, to another replica, or in "
+                f"the bodies of other requests hold {self._held - exchange.body_bytes} bytes, this one has {size}, "
+                f"and at most {self._bodies_bytes} are held together: send it again in 1 s, to another replica, or in "
                 f"several of at most {SMALL_BODY} bytes"
             )
         self._held += more
-        exchange.held = size
+        exchange.body_bytes = size
 
 
 def unread(metrics: Metrics, error: RequestError) -> bytes:
     """The whole answer to what the HTTP parser refuses, which is counted and logged as any other."""
-    exchange = Exchange(_request_id(b""), code=error.status, fields={"error": error.name})
+    exchange = Exchange(request_id=_request_id(b""), status=STATUS[type(error)], error=error.name)
     response = answer(error, exchange.request_id)
     headers = (*response.raw_headers, *_HEADERS, _NO_CONTENT, (b"x-request-id", exchange.request_id.encode()))
     _account(metrics, exchange, endpoint="other", method="", level=logging.INFO)
-    status_line = f"HTTP/1.1 {error.status} {HTTPStatus(error.status).phrase}\r\n".encode()
+    status_line = f"HTTP/1.1 {exchange.status} {HTTPStatus(exchange.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
     return status_line + lines + b"\r\n" + bytes(response.body)
 
 
 def _account(metrics: Metrics, exchange: Exchange, *, endpoint: str, method: str, level: int) -> None:
     seconds = time.monotonic() - exchange.arrived
-    metrics.request(endpoint=endpoint, code=exchange.code, seconds=seconds)
-    if error := exchange.fields.get("error"):
-        metrics.refusal(error)
+    metrics.request(endpoint=endpoint, status=exchange.status, seconds=seconds)
+    if exchange.error is not None:
+        metrics.refusal(exchange.error)
     if log.isEnabledFor(level):
         fields = {
             "request_id": exchange.request_id,
             "method": method,
             "endpoint": endpoint,
-            "code": exchange.code,
+            "status": exchange.status,
             "ms": round(1e3 * seconds, 3),
-            **exchange.fields,
+            **exchange.learnt(),
         }
         log.log(level, "request", extra={"fields": fields})
-
-
-async def refuse(request: Request, error: Exception) -> Response:
-    """The exception handler of the application."""
-    exchange: Exchange = request.state.exchange
-    exchange.fields["error"] = as_request_error(error).name
-    return answer(error, exchange.request_id, path=request.url.path)
 
 
 def _request_id(given: bytes) -> str:
@@ -233,7 +203,7 @@ def _with_headers(send: Send, exchange: Exchange, *, path: str, closing: bool) -
 
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":
-            exchange.code = message["status"]
+            exchange.status = message["status"]
             added = [*_HEADERS, (b"x-request-id", exchange.request_id.encode())]
             if path not in PAGES:
                 added.append(_NO_CONTENT)

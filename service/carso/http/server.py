@@ -1,7 +1,7 @@
-"""Uvicorn, taught to leave in good order.
+"""Uvicorn, taught to stop in good order.
 
-SIGTERM or SIGINT -> readiness fails, the listener stays open for a while, because those who route requests here take
-time to notice -> the listener closes, requests in flight finish -> those that do not in time are told so -> exit.
+SIGTERM or SIGINT -> readiness fails; the listener stays open for a while, because whoever routes requests here takes
+time to notice -> the listener closes, and requests in flight finish -> those that do not in time are told so -> exit.
 """
 
 from __future__ import annotations
@@ -11,21 +11,15 @@ import math
 import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
 
-
-@dataclass
-class Lifecycle:
-    """What the application knows of the process around it."""
-
-    draining: bool = False
+from carso.telemetry.probes import Lifecycle
 
 
 class Server(uvicorn.Server):
-    """A second signal skips what is left of the delay."""
+    """Runs an application until a signal ends it. A second signal skips what is left of the delay."""
 
     def __init__(
         self,
@@ -38,6 +32,7 @@ class Server(uvicorn.Server):
     ) -> None:
         """`delay` and `timeout` in seconds. `abandon` is called at the end of `timeout`, to end what is in flight."""
         super().__init__(config)
+        lifecycle.managed = True
         config.timeout_graceful_shutdown = math.ceil(timeout) + 1  # for bodies that never end; all else has ended
         self._lifecycle = lifecycle
         self._abandon = abandon

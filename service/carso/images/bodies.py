@@ -17,16 +17,10 @@ from carso.errors import (
     UnsupportedMediaType,
 )
 from carso.images import json_values, multipart, npy
-from carso.images.reader import Source
+from carso.images.media_types import IMAGE_ALIASES, IMAGE_TYPES, JSON, MEDIA_TYPES, MULTIPART, NPY
+from carso.images.numbers import Source
 
-IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp")
-_IMAGE_ALIASES = ("image/jpg", "image/x-ms-bmp", "image/x-png")
-JSON = "application/json"
-NPY = "application/x-npy"
-MULTIPART = "multipart/form-data"
-MEDIA_TYPES = (*IMAGE_TYPES, MULTIPART, JSON, NPY)
-
-_RAW = frozenset((*IMAGE_TYPES, *_IMAGE_ALIASES))
+_RAW = frozenset((*IMAGE_TYPES, *IMAGE_ALIASES))
 _DATA_URL = re.compile(r"\Adata:[^,]{0,100};base64,")
 
 

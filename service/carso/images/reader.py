@@ -18,22 +18,18 @@ from typing import Any
 import numpy as np
 
 from carso.bundle import InputSpec
-from carso.complaints import shown
 from carso.errors import (
     EmptyBatch,
     NotFinite,
-    NotNumbers,
     OutOfRange,
-    RaggedArray,
     RequestError,
     TooManyImages,
     TooManyPixels,
     WrongShape,
 )
 from carso.images import encoded
+from carso.images.numbers import Source, from_lists
 from carso.images.resizing import resized
-
-Source = bytes | np.ndarray | Any  # the last: nested lists, or any other JSON value, which is refused
 
 
 class Reader:
@@ -135,16 +131,3 @@ class Reader:
             f"shape {list(found)}, and this bundle takes {list(self.spec.shape)} (channels, height, width): "
             "send that, or set resize=true to have height and width scaled"
         )
-
-
-def from_lists(source: Source) -> np.ndarray:
-    """Nested lists of numbers as an array. Raises NotNumbers, RaggedArray."""
-    if not isinstance(source, list):
-        raise NotNumbers(f"{shown(source)} is neither nested lists of numbers nor a base64 string")
-    try:
-        array = np.array(source)
-    except ValueError:
-        raise RaggedArray("the nested lists are of unequal lengths: every row must have as many values") from None
-    if array.dtype.kind not in "iuf":
-        raise NotNumbers("the nested lists hold something else than numbers of ordinary size: send numbers only")
-    return array

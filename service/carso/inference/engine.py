@@ -1,4 +1,4 @@
-"""The engine: one thread that owns the sessions and runs the pipeline's rounds, and the event loop's door to it."""
+"""The engine: one thread that owns the sessions and runs the pipeline's steps, and the event loop's door to it."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from queue import Empty, SimpleQueue
-from typing import get_args
+from typing import Protocol, get_args
 
+from carso.choices import PathName
 from carso.inference.admission import Admission
-from carso.inference.pipeline import Job, Path, Pipeline, Step
+from carso.inference.jobs import Job, Result, Step, Ticket
 from carso.inference.processors import give_way
 
 log = logging.getLogger(__name__)
@@ -22,37 +23,50 @@ STOP_TIMEOUT = 2.0  # seconds; a step takes milliseconds
 
 
 class EngineError(Exception):
-    """The engine's thread has failed or was stopped; this job was not finished, and none will be."""
+    """The engine's thread failed or was stopped. This job was not finished, and none will be."""
 
 
 class EngineStopped(EngineError):  # noqa: N818  asked for, not a fault
-    """It was stopped in good order."""
+    """The engine was stopped in good order."""
 
 
 class EngineDead(EngineError):  # noqa: N818  a state, told to those who come later
-    """It has failed before this job came, and takes none."""
+    """The engine failed before this job came, and takes no more."""
+
+
+class Steps(Protocol):
+    """What the engine runs: the methods of ``carso.inference.pipeline.Pipeline``."""
+
+    @property
+    def busy(self) -> bool: ...
+    def admit(self, tickets: Iterable[Ticket]) -> None: ...
+    def first_passes(self) -> Step: ...
+    def round(self) -> Step: ...
 
 
 class Engine:
-    """Runs jobs for one event loop."""
+    """Runs jobs for one event loop. `admission` holds the work that each path owes."""
 
     def __init__(
         self,
-        pipeline: Pipeline,
+        pipeline: Steps,
         *,
         observe: Callable[[Step], None] = lambda step: None,
-        queue_rows: Mapping[Path, float] | None = None,
+        queue_rows: Mapping[PathName, float] | None = None,
     ) -> None:
-        """`observe` is called with every step, on the engine's thread: keep it short. `queue_rows`: the rows that each
-        path may owe; default: any number."""
+        """`observe` is called with every step, on the engine's thread: keep it short. `queue_rows` are the rows that
+        each path may owe; None: any number.
+        """
         limits = queue_rows or {}
-        self.admission: dict[Path, Admission] = {path: Admission(limits.get(path, math.inf)) for path in get_args(Path)}
+        self.admission: dict[PathName, Admission] = {
+            path: Admission(limits.get(path, math.inf)) for path in get_args(PathName)
+        }
         self._pipeline = pipeline
         self._observe = observe
-        self._arriving: list[Job] = []  # in this turn of the event loop; handed over together at its end
-        self._arrivals: SimpleQueue[list[Job] | None] = SimpleQueue()  # None: stop
-        self._futures: dict[Job, asyncio.Future[None]] = {}  # jobs in flight; touched by the event loop only
-        self._finished: deque[Job] = deque()  # robust ones whose answers wait for their turn; likewise
+        self._arriving: list[Ticket] = []  # in this turn of the event loop; handed over together at its end
+        self._arrivals: SimpleQueue[list[Ticket] | None] = SimpleQueue()  # None: stop
+        self._futures: dict[Ticket, asyncio.Future[Result]] = {}  # jobs in flight; touched by the event loop only
+        self._finished: deque[tuple[Ticket, Result]] = deque()  # robust answers that wait for their turn; likewise
         self._failure: BaseException | None = None
         self._stopped = False
         self._busy = False  # the thread is in a step, or between two
@@ -61,14 +75,14 @@ class Engine:
         self._thread = threading.Thread(target=self._run, name="carso-engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread; call from the event loop that will run jobs."""
+        """Start the thread. Call this from the event loop that will run jobs."""
         self._loop = asyncio.get_running_loop()
         self._thread.start()
 
     async def stop(self, *, timeout: float = STOP_TIMEOUT) -> None:
         """End the thread after the step it is in; jobs still in flight fail with EngineStopped.
 
-        A thread that is stuck in a step for longer than `timeout` seconds is left behind: the process can exit.
+        A thread that is stuck in a step for longer than `timeout` seconds is left behind, so that the process can exit.
         """
         self._stopped = True
         if self._thread.ident is None:
@@ -85,24 +99,24 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether it takes jobs; its thread ends by a failure or by `stop`."""
+        """Whether the engine takes jobs. Its thread ends by a failure or by `stop`."""
         return self._loop is not None and self._failure is None and not self._stopped
 
     def stalled(self, seconds: float) -> bool:
-        """Whether there is work and no step has ended for longer than that, even if nobody waits for it any more."""
+        """Whether there is work, even if nobody waits for it any more, and no step has ended for that long."""
         return bool(self._busy or self._futures) and time.monotonic() - self._progress > seconds
 
     @property
     def in_flight(self) -> int:
-        """Jobs."""
+        """How many jobs the engine has."""
         return len(self._futures)
 
-    def in_flight_on(self, path: Path) -> int:
-        """Jobs of one path."""
-        return sum(job.path == path for job in self._futures)
+    def in_flight_on(self, path: PathName) -> int:
+        """How many jobs of one path the engine has."""
+        return sum(ticket.job.path == path for ticket in self._futures)
 
-    async def run(self, job: Job) -> Job:
-        """Give `job` to the pipeline and return it finished.
+    async def run(self, job: Job) -> Result:
+        """Give `job` to the pipeline and return its result.
 
         If the awaiting task is cancelled, the job's elections leave at the next round. Raises QueueFull, EngineStopped,
         EngineDead, and EngineError if the engine fails meanwhile.
@@ -113,16 +127,17 @@ class Engine:
         self.admission[job.path].admit(job.rows)
         if not self._futures and not self._busy:
             self._progress = time.monotonic()
-        future = self._futures[job] = self._loop.create_future()
+        ticket = Ticket(job)
+        future: asyncio.Future[Result] = self._loop.create_future()
+        self._futures[ticket] = future
         if not self._arriving:
             self._loop.call_soon(self._hand_over)  # one wake-up of the engine for all that this turn brings
-        self._arriving.append(job)
+        self._arriving.append(ticket)
         try:
-            await future
+            return await future
         finally:
-            job.cancelled = job.cancelled or not future.done() or future.cancelled()
-            self._futures.pop(job, None)
-        return job
+            ticket.cancelled = True  # whatever is not done by now is for nobody
+            self._futures.pop(ticket, None)
 
     def _hand_over(self) -> None:
         self._arrivals.put(self._arriving)
@@ -139,8 +154,9 @@ class Engine:
                     for path, admission in self.admission.items():
                         admission.settle(step.settled[path], seconds=step.seconds)
                     self._observe(step)
-                    if step.finished:  # the fast path's answers leave before the round
-                        self._call(self._deliver, step.finished)
+                    results = [(ticket, result) for ticket, result in step.finished if result is not None]
+                    if results:  # the fast path's answers leave before the round
+                        self._call(self._deliver, results)
                 self._busy = self._pipeline.busy
         except BaseException as e:
             self._failure = e
@@ -149,14 +165,14 @@ class Engine:
 
     def _take_arrivals(self) -> bool:
         """Admit what has arrived, after waiting for it if there is nothing else to do. False: stop."""
-        arrivals: list[Job] = []
+        arrivals: list[Ticket] = []
         try:
             while True:
                 idle = not self._pipeline.busy and not arrivals
-                jobs = self._arrivals.get(block=idle)
-                if jobs is None:
+                tickets = self._arrivals.get(block=idle)
+                if tickets is None:
                     return False
-                arrivals += jobs
+                arrivals += tickets
         except Empty:
             self._pipeline.admit(arrivals)
             return True
@@ -168,35 +184,35 @@ class Engine:
         except RuntimeError:  # the loop is closed: nobody is left to tell
             log.warning("the event loop ended before the engine")
 
-    def _deliver(self, jobs: list[Job]) -> None:
-        """Fast answers at once; robust ones, of which a round may end many, one in each turn of the event loop.
+    def _deliver(self, results: list[tuple[Ticket, Result]]) -> None:
+        """Give fast answers at once; and robust ones, of which a round may end many, one in each turn of the loop.
 
-        Else the requests that arrive meanwhile would wait until all of them are written.
+        Otherwise the requests that arrive meanwhile would wait until all of them are written.
         """
         idle = not self._finished
-        for job in jobs:
-            if job.path == "fast":
-                self._resolve(job)
+        for ticket, result in results:
+            if ticket.job.path == "fast":
+                self._resolve(ticket, result)
             else:
-                self._finished.append(job)
+                self._finished.append((ticket, result))
         if idle and self._finished:
             self._deliver_next()
 
     def _deliver_next(self) -> None:
         if self._finished:  # else they went with a stop
-            self._resolve(self._finished.popleft())
+            self._resolve(*self._finished.popleft())
         if self._finished and self._loop is not None:
             self._loop.call_soon(self._deliver_next)
 
-    def _resolve(self, job: Job) -> None:
-        future = self._futures.get(job)
+    def _resolve(self, ticket: Ticket, result: Result) -> None:
+        future = self._futures.get(ticket)
         if future is not None and not future.done():
-            future.set_result(None)
+            future.set_result(result)
 
     def _fail_all(self, error: EngineError) -> None:
         while self._finished:
-            self._resolve(self._finished.popleft())
-        for job, future in self._futures.items():
+            self._resolve(*self._finished.popleft())
+        for ticket, future in self._futures.items():
             if not future.done():
-                job.cancelled = True
+                ticket.cancelled = True
                 future.set_exception(error)

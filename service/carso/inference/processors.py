@@ -1,10 +1,11 @@
-"""Threads that compute give way to the event loop, which has little to do and should not wait for it."""
+"""The processors that this process may use, and who gives way to whom on them."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
+from pathlib import Path
 
 # Beside 32 robust connections on two processors, the p99 of the fast path was 5 rounds above its own without, 2 to 3
 # with 5, and no better with 15 (benchmarks/service.py).
@@ -14,9 +15,22 @@ LESS = 5
 def give_way() -> None:
     """Make the calling thread, and those that it starts from now on, nicer than the rest of the process.
 
-    Needs no privilege, and cannot be taken back without one. Only Linux has priorities of single threads; elsewhere
-    nothing is done.
+    This needs no privilege, and cannot be undone without one. Only Linux has priorities of single threads; elsewhere
+    nothing happens.
     """
     if sys.platform == "linux":
         thread = threading.get_native_id()
         os.setpriority(os.PRIO_PROCESS, thread, os.getpriority(os.PRIO_PROCESS, thread) + LESS)  # capped at 19
+
+
+def usable_cpus() -> int:
+    """Count the processors that this process may use: its affinity mask, bounded further by the cgroup's CPU quota.
+
+    Where the system has neither, as on macOS, that is all of them.
+    """
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(allowed, int(quota) // int(period)))
+    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
+        return allowed

@@ -7,20 +7,19 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Literal
 
 import numpy as np
+
+# ONNX Runtime's own wheels report on its use from 1.29 on, unless told not to before the first import
+# (https://github.com/microsoft/onnxruntime/pull/27379). Whoever wants that says so in the environment.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from carso.bundle import FIRST_PASS, VOTE, VOTE_INT8, Bundle
+from carso.choices import CPU, CUDA, Device, Precision
+from carso.inference.processors import usable_cpus
 
 log = logging.getLogger(__name__)
-
-Device = Literal["auto", "cuda", "cpu"]
-Precision = Literal["float32", "int8"]
-CUDA = "CUDAExecutionProvider"
-CPU = "CPUExecutionProvider"
 
 # How far a sound copy of the graphs may stray from the known answers: float32 kernels of another processor sum in
 # another order, and a vote may then fall the other way where two classes are all but equal.
@@ -200,16 +199,6 @@ def _int8_graph(bundle: Bundle, *, provider: str) -> bytes:
             f"bundle {bundle.folder} has no {VOTE_INT8}: set CARSO_PRECISION=float32, or export the bundle anew"
         )
     return bundle.vote_int8
-
-
-def usable_cpus() -> int:
-    """Processors this process may use: its affinity mask, further bounded by the cgroup's CPU quota."""
-    allowed = len(os.sched_getaffinity(0))
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-        return max(1, min(allowed, int(quota) // int(period)))
-    except (OSError, ValueError):  # no cgroup v2, or "max": no quota
-        return allowed
 
 
 def _options(*, threads: int, spin: bool) -> ort.SessionOptions:

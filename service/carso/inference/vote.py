@@ -24,10 +24,9 @@ from functools import lru_cache
 from math import lgamma, log
 from typing import Literal
 
-Rule = Literal["exact", "risk-limited", "deadline"]
+from carso.choices import MAX_RISK, MIN_RISK
 
-MIN_RISK = 1e-12  # below it, rounding of the logarithms would no longer be small beside the rule
-MAX_RISK = 0.5
+Rule = Literal["exact", "risk-limited"]
 
 # The guarantee holds whatever these are; chosen for elections that are all but undisputed, since most are:
 EXPECTED = 0.9  # the part of the risk that is spent on the class which the first pass expects
@@ -78,9 +77,10 @@ def _log_beta(x: float, y: float) -> float:
 class StoppingRule:
     """Both rules for one election. `risk` = 0 leaves only the exact one.
 
-    What is said of a count: the votes of the `leader` and the `runner_up`, its two largest; those `cast` so far; and
-    whether the leader, or one of several, is the class `expected` before the count, here the first pass' own. The
-    guarantee holds whatever was expected, as long as no vote had a part in it.
+    The methods are told about a count: the votes of the `leader` and the `runner_up`, its two largest entries; the
+    votes `cast` so far; and whether the leader, or one of several, is the class `expected` before the count, here the
+    one that the first pass gives. The guarantee holds whichever class was expected, as long as no vote had a part in
+    that.
 
     Raises ValueError for samples below 1, classes below 2, or a risk that is neither 0 nor in [1e-12, 0.5].
     """
@@ -100,7 +100,7 @@ class StoppingRule:
         object.__setattr__(self, "_leads", leads)
 
     def ended_by(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> Rule | None:
-        """Which rule ends the count; None: none."""
+        """Return the rule that ends the count, or None if the count goes on."""
         if cast == self.samples or leader - runner_up > self.samples - cast:
             return "exact"
         if self._leads is not None and leader >= self._leads[expected][runner_up]:
@@ -108,19 +108,20 @@ class StoppingRule:
         return None
 
     def needed(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
-        """The fewest further votes that end an open count if all of them go to the leader."""
+        """Return the fewest further votes that end an open count if all of them go to the leader."""
         left = self.samples - cast
         by_exact = (left - (leader - runner_up)) // 2 + 1
         if self._leads is not None:
             return min(by_exact, self._leads[expected][runner_up] - leader, left)
         return min(by_exact, left)
 
-    def ballot(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
-        """How many votes to draw next in an open count.
+    def next_ballot(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
+        """Return how many votes to cast next in an open count.
 
-        Those needed; but for an election that has stayed open up to twice as many, or half of those cast, so that a
-        contested one does not take a round for every few votes. A function of the tally alone: so the points at which
-        the rules are checked, and with them the answer to a seed, are the same however elections are batched together.
+        That is the number needed. An election that has stayed open casts up to twice as many, or half of those cast
+        so far, so that a contested one does not take a round for every few votes. The size is a function of the tally
+        alone. So the points at which the rules are checked, and with them the answer to a seed, are the same however
+        elections are batched together.
         """
         needed = self.needed(leader=leader, runner_up=runner_up, cast=cast, expected=expected)
         size = max(needed, SMALLEST_BALLOT, min(cast // 2, 2 * needed))

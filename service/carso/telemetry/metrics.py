@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Literal, get_args
 
@@ -19,12 +19,10 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
 from carso.bundle import Bundle
-from carso.inference.engine import Engine
-from carso.inference.pipeline import Job, Outcome, Path, Spared, Step
-from carso.inference.sessions import CUDA, Device, Precision
-from carso.inference.vote import Rule
+from carso.choices import CUDA, Device, PathName, Precision
+from carso.inference.admission import Admission
+from carso.inference.jobs import Ending, Outcome, Result, Spared, Step
 from carso.telemetry.gpus import Gpus
-from carso.telemetry.probes import Probes
 from carso.version import __version__
 
 # A gauge beside every counter, of when it began: half a page that nobody reads.
@@ -50,11 +48,11 @@ class Metrics:
         self._registry = registry = CollectorRegistry()
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=registry)
-        self._requests = Counter("carso_requests", "Requests answered.", ["endpoint", "code"], registry=registry)
+        self._requests = Counter("carso_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
         self._duration = Histogram(
             "carso_request_duration_seconds",
             "From a request's arrival to the end of its answer.",
-            ["endpoint", "code"],
+            ["endpoint", "status"],
             buckets=SECONDS,
             registry=registry,
         )
@@ -70,7 +68,7 @@ class Metrics:
             registry=registry,
         )
         self._stages = {
-            (path, stage): stages.labels(path, stage) for path in get_args(Path) for stage in get_args(Stage)
+            (path, stage): stages.labels(path, stage) for path in get_args(PathName) for stage in get_args(Stage)
         }
         cancellations = Counter(
             "carso_cancellations", "Requests whose work was ended before its time.", ["reason"], registry=registry
@@ -86,7 +84,7 @@ class Metrics:
         self._images = Counter("carso_first_pass_images", "Images that had their first pass.", registry=registry)
         self._votes = Histogram("carso_votes_per_image", "Votes cast per image.", buckets=VOTES, registry=registry)
         elections = Counter("carso_elections", "Elections by the rule that ended them.", ["rule"], registry=registry)
-        self._elections = {rule: elections.labels(rule) for rule in get_args(Rule)}
+        self._elections = {ending: elections.labels(ending) for ending in get_args(Ending)}
         agreement = Counter(
             "carso_path_agreement",
             "Images by whether fast and robust path gave the same label; a rise in disagreement may be an attack.",
@@ -105,12 +103,18 @@ class Metrics:
         if provider == CUDA and (gpus := Gpus.find()):
             registry.register(gpus)
 
-    def watch(self, engine: Engine, probes: Probes) -> None:
-        """Show at every scrape what `engine` owes, and whether the process is ready."""
+    def watch(
+        self,
+        *,
+        admission: Mapping[PathName, Admission],
+        in_flight: Callable[[PathName], int],
+        is_ready: Callable[[], bool],
+    ) -> None:
+        """Show at every scrape what each path owes, how many requests it has, and whether the process is ready."""
         ready = Gauge(
             "carso_ready", "1: send requests; 0: draining, or the engine dead or stuck.", registry=self._registry
         )
-        ready.set_function(lambda: float(probes.is_ready))
+        ready.set_function(lambda: float(is_ready()))
         rows, limit, wait, pace, jobs = (
             Gauge(f"carso_{name}", text, ["path"], registry=self._registry)
             for name, text in {
@@ -121,42 +125,45 @@ class Metrics:
                 "in_flight_requests": "Requests that the engine has.",
             }.items()
         )
-        for path, admission in engine.admission.items():
-            limit.labels(path).set(admission.limit)
-            rows.labels(path).set_function(partial(getattr, admission, "owed"))
-            wait.labels(path).set_function(partial(getattr, admission, "wait"))
-            pace.labels(path).set_function(partial(getattr, admission, "pace"))
-            jobs.labels(path).set_function(partial(engine.in_flight_on, path))
+        for path, owed in admission.items():
+            limit.labels(path).set(owed.limit)
+            rows.labels(path).set_function(partial(getattr, owed, "owed"))
+            wait.labels(path).set_function(partial(getattr, owed, "wait"))
+            pace.labels(path).set_function(partial(getattr, owed, "pace"))
+            jobs.labels(path).set_function(partial(in_flight, path))
 
     def refusal(self, error: str) -> None:
-        """`error`: its name, of which there are as many as classes in carso.errors."""
+        """Count an error by its name, of which there are as many as classes in carso.errors."""
         self._refusals.labels(error).inc()
 
-    def request(self, *, endpoint: str, code: int, seconds: float) -> None:
-        requests, duration = self._of_endpoint(endpoint, code)
+    def request(self, *, endpoint: str, status: int, seconds: float) -> None:
+        """Count one answer, `seconds` after its request arrived."""
+        requests, duration = self._of_endpoint(endpoint, status)
         requests.inc()
         duration.observe(seconds)
 
     def cancellation(self, reason: Cancelled) -> None:
+        """Count a request whose work was ended before its time."""
         self._cancellations[reason].inc()
 
-    def job(self, job: Job, *, decode: float) -> None:
-        """The stages of a finished job; `decode` in seconds."""
-        stages, path = self._stages, job.path
+    def result(self, path: PathName, result: Result, *, decode: float) -> None:
+        """Observe the stages of a finished job. `decode`: seconds."""
+        stages, times = self._stages, result.times
         stages[path, "decode"].observe(decode)
-        stages[path, "queue"].observe(job.started - job.submitted)
-        stages[path, "first_pass"].observe(job.first_pass_done - job.started)
+        stages[path, "queue"].observe(times.started - times.submitted)
+        stages[path, "first_pass"].observe(times.first_pass_done - times.started)
         if path == "robust":
-            stages[path, "vote"].observe(job.finished - job.first_pass_done)
+            stages[path, "vote"].observe(times.finished - times.first_pass_done)
 
     def elections(self, outcomes: Iterable[Outcome], *, agree: Iterable[bool]) -> None:
-        """The elections of a finished job, and whether each agrees with the fast path."""
+        """Observe the elections of a finished job, and whether each agrees with the fast path."""
         for outcome, agrees in zip(outcomes, agree, strict=True):
             self._votes.observe(outcome.votes)
-            self._elections[outcome.rule].inc()
+            self._elections[outcome.ending].inc()
             self._agreement[agrees].inc()
 
     def step(self, step: Step) -> None:
+        """Count what one step of the engine did."""
         if step.first_passes:
             self._images.inc(step.first_passes)
         if step.rows:
@@ -166,15 +173,15 @@ class Metrics:
         for reason, votes in step.spared.items():
             self._saved[reason].inc(votes)
 
-    def _of_endpoint(self, endpoint: str, code: int) -> tuple[Counter, Histogram]:
-        """The series themselves, kept: finding them by their labels takes longer than counting does."""
-        if (series := self._series.get((endpoint, code))) is None:
-            series = self._series[endpoint, code] = (
-                self._requests.labels(endpoint, code),
-                self._duration.labels(endpoint, code),
+    def _of_endpoint(self, endpoint: str, status: int) -> tuple[Counter, Histogram]:
+        """Return the series themselves. They are kept: finding them by their labels takes longer than counting does."""
+        if (series := self._series.get((endpoint, status))) is None:
+            series = self._series[endpoint, status] = (
+                self._requests.labels(endpoint, status),
+                self._duration.labels(endpoint, status),
             )
         return series
 
     def page(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)

@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from carso.errors import NotReady
-from carso.http.server import Lifecycle
 from carso.inference.engine import Engine
+
+LIVE, READY, METRICS = "/livez", "/readyz", "/metrics"
+LIVE_V2, READY_V2 = "/v2/health/live", "/v2/health/ready"
+# What machines ask often: it needs no API key, is logged at level debug only, and is not traced.
+PROBES = frozenset((LIVE, READY, METRICS, LIVE_V2, READY_V2))
+
+
+@dataclass
+class Lifecycle:
+    """What the application knows of the server around it."""
+
+    draining: bool = False  # the process was told to stop
+    managed: bool = False  # the server is ours, which drains and bounds the time that a client has to send a request
 
 
 class Probes:
@@ -31,6 +45,7 @@ class Probes:
 
     @property
     def is_ready(self) -> bool:
+        """Whether `ready` raises nothing."""
         try:
             self.ready()
         except NotReady:

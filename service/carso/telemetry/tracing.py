@@ -17,10 +17,11 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from carso.inference.pipeline import Job
+from carso.inference.jobs import Job, Result
+from carso.telemetry.probes import PROBES
 from carso.version import __version__
 
-NOT_TRACED = "livez,readyz,metrics,v2/health"  # what is asked every few seconds would drown the rest
+NOT_TRACED = ",".join(f"{path}$" for path in sorted(PROBES))  # what is asked every few seconds would drown the rest
 
 
 class Tracing:
@@ -42,16 +43,17 @@ class Tracing:
         )
         return traced
 
-    def job(self, job: Job) -> None:
-        """The stages of a finished job, below the span of the request that awaited it."""
+    def result(self, job: Job, result: Result) -> None:
+        """Record the stages of a finished job, below the span of the request that awaited it."""
+        times = result.times
+        stages = {"queue": (times.submitted, times.started), "first_pass": (times.started, times.first_pass_done)}
+        if job.path == "robust":
+            stages["vote"] = (times.first_pass_done, times.finished)
         to_wall_clock = time.time() - time.monotonic()
-        ends = {"queue": (job.submitted, job.started), "first_pass": (job.started, job.first_pass_done)}
-        if job.ballot:
-            ends["vote"] = (job.first_pass_done, job.finished)
-        for stage, (began, ended) in ends.items():
+        for stage, (began, ended) in stages.items():
             span = self._tracer.start_span(stage, start_time=round((began + to_wall_clock) * 1e9))
             if stage == "vote":
-                span.set_attribute("carso.votes", sum(outcome.votes for outcome in job.outcomes if outcome))
+                span.set_attribute("carso.votes", sum(outcome.votes for outcome in result.outcomes))
             span.end(end_time=round((ended + to_wall_clock) * 1e9))
 
     def shutdown(self) -> None:

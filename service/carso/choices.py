@@ -1,0 +1,43 @@
+"""The choices that settings, requests, training and the engine have in common, and their bounds."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, WithJsonSchema
+
+PathName = Literal["fast", "robust"]  # fast: the first pass alone; robust: both passes and the vote
+Device = Literal["auto", "cuda", "cpu"]
+Precision = Literal["float32", "int8"]
+Evidence = Literal["full", "label"]  # how much of an answer callers see
+
+# ONNX Runtime's execution providers
+CUDA = "CUDAExecutionProvider"
+CPU = "CPUExecutionProvider"
+
+MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
+
+MIN_RISK = 1e-12  # below it, rounding of logarithms would no longer be small beside the stopping rule
+MAX_RISK = 0.5
+
+
+def _allowed_risk(risk: float) -> float:
+    if risk and not MIN_RISK <= risk <= MAX_RISK:
+        raise ValueError(f"neither 0 nor from {MIN_RISK} to {MAX_RISK}")
+    return risk
+
+
+Risk = Annotated[
+    float,
+    AfterValidator(_allowed_risk),
+    WithJsonSchema({"anyOf": [{"const": 0}, {"type": "number", "minimum": MIN_RISK, "maximum": MAX_RISK}]}),
+]
+
+# The least rows that an image of the robust path is priced at: it holds memory however few votes it asks for.
+LEAST_PRICE = 64
+
+
+def price_of(samples: int) -> int:
+    """Return the rows of work that an image of the robust path is taken to owe: its first pass and its votes, or
+    LEAST_PRICE if that is more."""
+    return max(1 + samples, LEAST_PRICE)

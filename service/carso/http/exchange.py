@@ -1,0 +1,41 @@
+"""One request and its answer: what the envelope, the endpoints and the log know of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+_KEY = "carso.exchange"
+
+
+@dataclass(eq=False, slots=True, kw_only=True)
+class Exchange:
+    """The envelope makes it and attaches it to the request's ASGI scope; whoever learns something fills it in."""
+
+    request_id: str
+    arrived: float = field(default_factory=time.monotonic)
+    status: int = 0  # HTTP status of the answer; 0: no answer was begun
+    body_bytes: int = 0  # of its body, as far as they count towards the bodies in flight
+    trace_id: str | None = None
+    error: str | None = None  # its name
+    images: int | None = None
+    labels: list[int] | None = None
+    votes: int | None = None  # cast for all images
+    agree: int | None = None  # images on which both paths agree
+    timings: dict[str, float] | None = None  # in milliseconds
+
+    def attach(self, scope: MutableMapping[str, Any]) -> None:
+        """Make this the exchange of a request."""
+        scope[_KEY] = self
+
+    @classmethod
+    def of(cls, scope: Mapping[str, Any]) -> Exchange:
+        """Return the exchange of a request that came through the envelope. Raises KeyError for any other."""
+        return cast("Exchange", scope[_KEY])
+
+    def learnt(self) -> dict[str, object]:
+        """Return, by name, what the log says of the request beyond its line and its status."""
+        names = ("trace_id", "error", "images", "labels", "votes", "agree", "timings")
+        return {name: value for name in names if (value := getattr(self, name)) is not None}

@@ -1,0 +1,25 @@
+"""What one image, or several, of a request may be before it is read; and nested lists of numbers as an array."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from carso.complaints import shown
+from carso.errors import NotNumbers, RaggedArray
+
+Source = bytes | np.ndarray | Any  # an encoded image; an array; nested lists, or any other JSON value, which is refused
+
+
+def from_lists(source: Source) -> np.ndarray:
+    """Return nested lists of numbers as an array. Raises NotNumbers, RaggedArray."""
+    if not isinstance(source, list):
+        raise NotNumbers(f"{shown(source)} is neither nested lists of numbers nor a base64 string")
+    try:
+        array = np.array(source)
+    except ValueError:
+        raise RaggedArray("the nested lists are of unequal lengths: every row must have as many values") from None
+    if array.dtype.kind not in "iuf":
+        raise NotNumbers("the nested lists hold something other than numbers of ordinary size: send numbers only")
+    return array

@@ -1,0 +1,112 @@
+"""What is asked of the engine and what it gives back. All times are in seconds on the clock of ``time.monotonic``."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+
+from carso.choices import PathName, price_of
+
+Ending = Literal["exact", "risk-limited", "deadline"]  # what ended an election: a stopping rule, or the clock
+Spared = Literal["early_stop", "deadline", "cancelled"]  # why votes that were asked for were not cast
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VotePlan:
+    """How the robust path counts the votes of each image."""
+
+    samples: int  # votes to count at most, >= 1
+    risk: float  # chance that early stopping elects another class than all votes would; 0: exact
+    seed: int | None = None  # of the latents, in [0, 2^53); None: a fresh one per image, from the operating system
+
+    @property
+    def price(self) -> int:
+        """Rows of work that one image is taken to owe."""
+        return price_of(self.samples)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Job:
+    """The images of one request; each is an election of its own.
+
+    Raises ValueError if there is no image.
+    """
+
+    images: np.ndarray  # [n, *shape] float32 in the bundle's value range
+    plan: VotePlan | None = None  # None: the fast path
+    deadline: float | None = None  # past it, open elections end with the votes that they have
+
+    def __post_init__(self) -> None:
+        if not len(self.images):
+            raise ValueError("a job needs at least one image")
+
+    @property
+    def path(self) -> PathName:
+        """The path that the job takes."""
+        return "robust" if self.plan else "fast"
+
+    @property
+    def rows(self) -> int:
+        """Rows of work that the job owes when it arrives."""
+        return len(self.images) * (self.plan.price if self.plan else 1)
+
+    @property
+    def votes(self) -> int:
+        """Votes that the job may need at most."""
+        return len(self.images) * self.plan.samples if self.plan else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How the election of one image ended."""
+
+    label: int  # the class with most votes, the lowest among equals; 0 if no vote was cast
+    votes: int  # cast
+    tally: list[int]  # votes of each class
+    ending: Ending
+    seed: int  # of the latents
+
+
+@dataclass(frozen=True, slots=True)
+class Times:
+    """When a job came, when its first pass began and ended, and when its last election ended."""
+
+    submitted: float
+    started: float
+    first_pass_done: float
+    finished: float
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Result:
+    """What came of a job."""
+
+    probabilities: np.ndarray  # [n, classes] float32: the first pass
+    outcomes: tuple[Outcome, ...]  # one per image; none on the fast path
+    times: Times
+
+
+@dataclass(eq=False, slots=True)
+class Ticket:
+    """A job in flight. Whoever sets `cancelled` gets it back without a result at the end of the next round."""
+
+    job: Job
+    submitted: float = field(default_factory=time.monotonic)
+    cancelled: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Step:
+    """What one step of the pipeline did."""
+
+    finished: tuple[tuple[Ticket, Result | None], ...] = ()  # in the order in which they ended; None: cancelled
+    first_passes: int = 0  # images
+    rows: int = 0  # votes cast
+    elections: int = 0  # that cast them
+    seconds: float = 0.0
+    settled: Counter[PathName] = field(default_factory=Counter)  # rows that are owed no longer: done or spared
+    spared: Counter[Spared] = field(default_factory=Counter)  # votes
