@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import threading
-import time
 from collections.abc import AsyncIterator, Callable
 
 import numpy as np
 import pytest
 from carso.bundle import Bundle
 from carso.errors import NotReady
-from carso.http.server import Lifecycle
 from carso.inference.engine import Engine, EngineDead, EngineError, EngineStopped
-from carso.inference.pipeline import Ballot, Job, Pipeline, Step
+from carso.inference.jobs import Job, Step, VotePlan
+from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
-from carso.telemetry.probes import Probes
+from carso.telemetry.probes import Lifecycle, Probes
 
 from tests.bundles import SMALL, random_images, shared_bundle
 
 IMAGES = random_images(24)
-ENDLESS = Ballot(samples=2_000_000, risk=0, seed=1)  # longer than any test waits
-TIMEOUT = 20.0  # seconds: nothing may hang
+ENDLESS = VotePlan(samples=2**60, risk=0, seed=1)  # no machine comes to its end
+TIMEOUT = 60.0  # seconds: nothing may hang
 
 
 @pytest.fixture(scope="module")
@@ -63,35 +62,38 @@ async def until(condition: Callable[[], bool]) -> None:
             await asyncio.sleep(0.001)
 
 
+def cancelled(steps: list[Step]) -> int:
+    """How many jobs have left without a result."""
+    return sum(result is None for step in steps for _, result in step.finished)
+
+
 async def test_jobs_at_the_same_time_are_all_answered_as_if_each_were_alone(engine, bundle):
-    ballots = [Ballot(samples=1500, risk=risk, seed=seed) for seed in range(20) for risk in (0, 1e-3)]
-    robust = [Job(IMAGES[[seed % 24]], ballot) for seed, ballot in enumerate(ballots)]
+    plans = [VotePlan(samples=1500, risk=risk, seed=seed) for seed in range(20) for risk in (0, 1e-3)]
+    robust = [Job(IMAGES[[seed % 24]], plan) for seed, plan in enumerate(plans)]
     fast = [Job(random_images(n, seed=n)) for n in range(1, 20)]
     answered = await asyncio.wait_for(asyncio.gather(*map(engine.run, [*robust, *fast])), TIMEOUT)
-    assert answered == [*robust, *fast]
 
     idle_sessions = Sessions(bundle, device="cpu", threads=1)
     alone = Pipeline(idle_sessions, latent=SMALL.purifier.latent, classes=SMALL.classifier.classes, round_rows=512)
-    for job in robust:
-        assert job.outcomes == alone.classify(job.images, job.ballot)
-    for job in fast:
+    for job, result in zip([*robust, *fast], answered, strict=True):
         expected = idle_sessions.first_pass(job.images).probabilities
-        np.testing.assert_allclose(job.probabilities, expected, atol=1e-6)
+        np.testing.assert_allclose(result.probabilities, expected, atol=1e-6)
+        assert result.outcomes == (alone.classify(job.images, job.plan) if job.plan else ())
     assert engine.in_flight == 0
     assert engine.alive
 
 
 async def test_a_job_after_a_pause_is_answered_too(engine, steps):
     await engine.run(Job(IMAGES[:1]))
-    idle = len(steps)
+    await until(lambda: len(steps) == 2)  # first passes, and a round of nothing
     await asyncio.sleep(0.2)
-    assert len(steps) == idle  # nothing to do, nothing done
+    assert len(steps) == 2  # nothing to do, nothing done
     await asyncio.wait_for(engine.run(Job(IMAGES[:1])), TIMEOUT)
 
 
-async def test_a_fast_job_is_answered_while_an_election_goes_on(engine):
+async def test_a_fast_job_is_answered_while_an_election_goes_on(engine, steps):
     election = asyncio.create_task(engine.run(Job(IMAGES[:1], ENDLESS)))
-    await asyncio.sleep(0.05)
+    await rounds_went_by(steps, 1)
     for _ in range(10):
         await asyncio.wait_for(engine.run(Job(IMAGES[:2])), TIMEOUT)
     assert not election.done()
@@ -100,40 +102,36 @@ async def test_a_fast_job_is_answered_while_an_election_goes_on(engine):
 
 async def test_the_event_loop_goes_on_while_the_engine_works(engine, steps):
     election = asyncio.create_task(engine.run(Job(IMAGES, ENDLESS)))
-    await rounds_went_by(steps, 1)
-    ticks, start = 0, time.monotonic()
-    while time.monotonic() < start + 0.3:
-        await asyncio.sleep(0.001)
-        ticks += 1
-    assert ticks > 20
+    for _ in range(5):
+        before = len(steps)
+        await rounds_went_by(steps, 2)  # the engine works
+        assert len(steps) > before
+        await asyncio.sleep(0)  # and so does the loop
+    assert not election.done()
     election.cancel()
 
 
 async def test_cancelling_the_task_that_waits_cancels_the_job(engine, steps):
-    job = Job(IMAGES[:3], ENDLESS)
-    task = asyncio.create_task(engine.run(job))
+    task = asyncio.create_task(engine.run(Job(IMAGES[:3], ENDLESS)))
     await rounds_went_by(steps, 3)
     assert engine.in_flight == 1
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
-    assert job.cancelled
     assert engine.in_flight == 0
 
-    await asyncio.wait_for(engine.run(Job(IMAGES[:1])), TIMEOUT)  # the round in which it left
+    await until(lambda: cancelled(steps) == 1)  # the round in which it left
     rows = sum(step.rows for step in steps)
-    await asyncio.sleep(0.1)
+    await asyncio.wait_for(engine.run(Job(IMAGES[:1])), TIMEOUT)
     assert sum(step.rows for step in steps) == rows
-    assert job in [job for step in steps for job in step.finished]
-    assert job.open == 0
 
 
 async def test_a_timeout_of_the_caller_leaves_the_others_alone(engine):
-    patient = asyncio.create_task(engine.run(Job(IMAGES[:4], Ballot(samples=1500, risk=0, seed=2))))
+    patient = asyncio.create_task(engine.run(Job(IMAGES[:4], VotePlan(samples=1500, risk=0, seed=2))))
     with pytest.raises(TimeoutError):
         await asyncio.wait_for(engine.run(Job(IMAGES[:4], ENDLESS)), 0.02)
-    job = await asyncio.wait_for(patient, TIMEOUT)
-    assert all(outcome.rule == "exact" for outcome in job.outcomes)
+    result = await asyncio.wait_for(patient, TIMEOUT)
+    assert all(outcome.ending == "exact" for outcome in result.outcomes)
 
 
 @pytest.mark.parametrize("broken", ["first_pass", "vote"])
@@ -172,11 +170,10 @@ async def test_stopping_fails_the_jobs_in_flight_and_every_later_one(engine, ste
     assert not [thread for thread in threading.enumerate() if thread.name == "carso-engine"]
 
 
-async def test_an_idle_engine_stops_at_once_and_twice_is_no_error(engine):
-    start = time.monotonic()
+async def test_an_idle_engine_stops_and_twice_is_no_error(engine):
     await asyncio.wait_for(engine.stop(), TIMEOUT)
     await asyncio.wait_for(engine.stop(), TIMEOUT)
-    assert time.monotonic() - start < 2
+    assert not [thread for thread in threading.enumerate() if thread.name == "carso-engine"]
 
 
 async def test_an_engine_that_was_never_started_refuses_jobs_and_can_be_stopped(pipeline):
@@ -188,8 +185,8 @@ async def test_an_engine_that_was_never_started_refuses_jobs_and_can_be_stopped(
 
 
 async def test_every_step_is_observed(engine, steps):
-    job = await engine.run(Job(IMAGES, Ballot(samples=1500, risk=1e-3, seed=5)))
-    assert sum(step.rows for step in steps) == sum(outcome.votes for outcome in job.outcomes)
+    result = await engine.run(Job(IMAGES, VotePlan(samples=1500, risk=1e-3, seed=5)))
+    assert sum(step.rows for step in steps) == sum(outcome.votes for outcome in result.outcomes)
     assert sum(step.first_passes for step in steps) == len(IMAGES)
 
 
@@ -205,7 +202,7 @@ async def test_the_event_loop_goes_on_between_the_answers_of_one_round(engine, s
             asyncio.get_running_loop().call_soon(turn)
 
     async def ask(image: int) -> None:
-        await engine.run(Job(IMAGES[[image]], Ballot(samples=1, risk=0, seed=image)))
+        await engine.run(Job(IMAGES[[image]], VotePlan(samples=1, risk=0, seed=image)))
         ended.append(turns)
 
     turn()
@@ -216,16 +213,16 @@ async def test_the_event_loop_goes_on_between_the_answers_of_one_round(engine, s
 
 
 async def test_jobs_that_are_done_are_answered_even_if_the_engine_is_abandoned_meanwhile(engine, steps):
-    jobs = [Job(IMAGES[[image]], Ballot(samples=1, risk=0, seed=image)) for image in range(8)]
-    endless = Job(IMAGES[:1], ENDLESS)
-    unanswered = asyncio.create_task(engine.run(endless))
+    jobs = [Job(IMAGES[[image]], VotePlan(samples=1, risk=0, seed=image)) for image in range(8)]
+    unanswered = asyncio.create_task(engine.run(Job(IMAGES[:1], ENDLESS)))
     tasks = [asyncio.create_task(engine.run(job)) for job in jobs]
     await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
     engine.abandon()
-    assert await asyncio.wait_for(asyncio.gather(*tasks), TIMEOUT) == jobs
+    answered = await asyncio.wait_for(asyncio.gather(*tasks), TIMEOUT)
+    assert [result.outcomes[0].seed for result in answered] == list(range(8))
     with pytest.raises(EngineStopped):
         await unanswered
-    await until(lambda: endless in [job for step in steps for job in step.finished])  # and costs no more rows
+    await until(lambda: cancelled(steps) == 1)  # and costs no more rows
 
 
 # --- the watchdog -----------------------------------------------------------------------------------------------------
@@ -247,8 +244,8 @@ async def stuck(pipeline) -> AsyncIterator[Engine]:
 
 
 async def test_the_watchdog_sees_a_step_that_does_not_end_whether_or_not_somebody_waits(stuck):
-    assert stuck.stalled(0.1)
-    assert not stuck.stalled(60)
+    await until(lambda: stuck.stalled(0.1))
+    assert not stuck.stalled(3600)
     waiting = asyncio.create_task(stuck.run(Job(IMAGES[:1])))
     await asyncio.sleep(0)
     assert stuck.stalled(0.1)
@@ -262,10 +259,12 @@ async def test_the_watchdog_sees_a_step_that_does_not_end_whether_or_not_somebod
 async def test_the_watchdog_is_content_with_an_engine_that_works(engine, steps):
     election = asyncio.create_task(engine.run(Job(IMAGES, ENDLESS)))
     await rounds_went_by(steps, 20)
-    assert not engine.stalled(1)
+    assert not engine.stalled(TIMEOUT)
     election.cancel()
-    await asyncio.sleep(0.3)
-    assert not engine.stalled(0.1)
+    await until(lambda: cancelled(steps) == 1)
+    await until(lambda: not engine.stalled(0))  # idle, and so it stays
+    await asyncio.sleep(0.1)
+    assert not engine.stalled(0)
 
 
 async def test_an_engine_that_is_stuck_does_not_keep_the_process_from_stopping(stuck):

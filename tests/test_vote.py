@@ -37,7 +37,7 @@ def first_stop(rule: StoppingRule, votes: list[int], *, by_ballots: bool) -> tup
     check = 0
     for cast, vote in enumerate(votes):
         if by_ballots and cast == check:
-            check += rule.ballot(**standing(tally))
+            check += rule.next_ballot(**standing(tally))
         tally[vote] += 1
         if not by_ballots or cast + 1 == check:
             ended = rule.ended_by(**standing(tally))
@@ -141,7 +141,7 @@ def wrong_stop_probability(rule: StoppingRule, totals: tuple[int, ...], *, by_ba
             if cast and rule.ended_by(**standing(tally, expected=expected)):
                 wrong += probability * (elected(tally) != elected(totals))
                 continue
-            size = rule.ballot(**standing(tally, expected=expected)) if by_ballots else 1
+            size = rule.next_ballot(**standing(tally, expected=expected)) if by_ballots else 1
             left = [total - count for total, count in zip(totals, tally, strict=True)]
             for drawn in compositions(size, left):
                 ways = prod(map(comb, left, drawn))
@@ -245,7 +245,7 @@ def stops(
     expected = (orders.winner if winner_expected else orders.rival) == orders.leader
     if by_ballots:
         shape = 3 * (rule.samples + 1,) + (2,)
-        first = rule.ballot(leader=0, runner_up=0, cast=0, expected=True)
+        first = rule.next_ballot(leader=0, runner_up=0, cast=0, expected=True)
         going, cast = trials, np.full(len(trials), first)
         while len(going):
             here = going, cast - 1
@@ -277,7 +277,7 @@ def leads(rule: StoppingRule, *, expected: bool) -> np.ndarray:
 
 def ballot_or_zero(rule: StoppingRule, leader: int, runner_up: int, cast: int, expected: int) -> int:
     count = {"leader": leader, "runner_up": runner_up, "cast": cast, "expected": bool(expected)}
-    return 0 if rule.ended_by(**count) else rule.ballot(**count)
+    return 0 if rule.ended_by(**count) else rule.next_ballot(**count)
 
 
 def chance_of_at_most(count: int, *, trials: int, probability: float) -> float:
@@ -371,7 +371,7 @@ def test_votes_for_other_classes_than_an_expected_leader_end_no_count_sooner(tal
 def test_a_ballot_is_at_least_one_vote_and_at_most_those_left(case):
     rule, count = case
     left = rule.samples - count["cast"]
-    size = rule.ballot(**count)
+    size = rule.next_ballot(**count)
     assert 1 <= size <= min(left, LARGEST_BALLOT)
     assert size >= min(left, SMALLEST_BALLOT)
 
