@@ -45,7 +45,7 @@ def free_port() -> int:
 
 @contextmanager
 def serving(
-    bundle: Path, log: Path, *, program: Sequence[str] = ("-m", "carso.command"), **settings: object
+    bundle: Path, log: Path, *, program: Sequence[str] = ("-m", "carso.command", "serve"), **settings: object
 ) -> Iterator[Server]:
     """A server that is ready; it is stopped at the end. `program`: arguments of Python."""
     port = free_port()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from carso.client import Client, RequestRefused
+from carso import Client, RequestRefused
 from carso.errors import Unauthorized
 from carso.http.keys import ApiKeys, BadKeys
 

@@ -105,8 +105,8 @@ from carso.inference.pipeline import Pipeline
 def fail(self):
     raise RuntimeError("no more votes")
 Pipeline.round = fail
-from carso.command import main
-main()
+from carso.command import serve
+serve()
 """
 
 
@@ -152,7 +152,7 @@ async def test_work_that_ends_with_the_service_is_counted():
 def test_a_signal_while_it_loads_ends_it_at_once(tmp_path, number):
     with (tmp_path / "log").open("wb") as log:
         variables = environment(bundle=shared_bundle(SMALL), port=free_port(), device="cpu")
-        process = subprocess.Popen([sys.executable, "-m", "carso.command"], env=variables, stderr=log)
+        process = subprocess.Popen([sys.executable, "-m", "carso.command", "serve"], env=variables, stderr=log)
     try:
         while not catches(process.pid, signal.SIGTERM):  # the second one that it takes care of
             assert process.poll() is None

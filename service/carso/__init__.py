@@ -1,28 +1,23 @@
 """CARSO: image classification that is hardened against adversarial inputs, as a service and its Python client.
 
-from carso import Client
+    from carso import Client
 
-with Client("http://127.0.0.1:8000") as client:
-    (prediction,) = client.classify("digit.png").predictions
+    with Client("http://127.0.0.1:8000") as client:
+        (prediction,) = client.classify("digit.png").predictions
+        print(prediction.class_name)
+
+These names are imported when they are first used, because the service and `carso --help` do without the client.
 """
 
-from carso.client import (
-    AsyncClient,
-    CarsoError,
-    Client,
-    DeadlineExceeded,
-    FastPrediction,
-    FastResult,
-    Image,
-    Images,
-    Info,
-    RequestRefused,
-    RobustPrediction,
-    RobustResult,
-    Unavailable,
-    UnexpectedAnswer,
-)
-from carso.version import __version__
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from carso.client.clients import AsyncClient, Client
+    from carso.client.errors import CarsoError, DeadlineExceeded, RequestRefused, Unavailable, UnexpectedAnswer
+    from carso.client.images import Image, Images
+    from carso.client.results import FastPrediction, FastResult, Info, RobustPrediction, RobustResult
+    from carso.version import __version__
 
 __all__ = [
     "AsyncClient",
@@ -41,3 +36,22 @@ __all__ = [
     "UnexpectedAnswer",
     "__version__",
 ]
+
+_HOMES = {
+    "carso.client.clients": ("AsyncClient", "Client"),
+    "carso.client.errors": ("CarsoError", "DeadlineExceeded", "RequestRefused", "Unavailable", "UnexpectedAnswer"),
+    "carso.client.images": ("Image", "Images"),
+    "carso.client.results": ("FastPrediction", "FastResult", "Info", "RobustPrediction", "RobustResult"),
+    "carso.version": ("__version__",),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(home), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -1,38 +1,35 @@
-"""The command `carso-serve`, same as `python -m service`: serve a bundle over HTTP. Settings: service/settings.py."""
+"""The command `carso`: serve a bundle, and ask a running service. `python -m carso.command` is the same.
 
-from __future__ import annotations
+Each part imports what it needs when it runs: `carso --help` imports no HTTP library, and `carso classify` imports
+nothing of the server.
+"""
 
-import ctypes
-import gc
-import logging
+import inspect
 import os
 import signal
 import sys
-from contextlib import suppress
+from collections.abc import Callable
 from types import FrameType
-
-log = logging.getLogger("service")
+from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 BAD_SETTING = 2
 CANNOT_START = 1
-SWITCH_INTERVAL = 0.5e-3  # seconds
-MMAP_FROM = 2**20  # bytes of one allocation
-_M_MMAP_THRESHOLD = -3  # malloc.h
-# Seconds that an idle connection stays open: longer than load balancers keep theirs (AWS and nginx 60 by default), or
-# they would send requests over connections that are being closed.
-KEEP_ALIVE = 75
+INSTALL = "pip install 'carso[cpu]', or pip install 'carso[gpu]' for NVIDIA GPUs"
 
 
 def main() -> None:
-    """Serve until SIGTERM or SIGINT. Exits with 2 for a bad setting, 1 for a bundle or device that cannot be used.
+    """Run the command line. Exits with 0, with 1 for what failed or cannot start, with 2 for wrong usage or a bad
+    setting.
 
-    A signal that comes before the server takes over ends the process at once, with 0: nothing is in flight.
+    A signal that comes before the server takes over ends `carso serve` at once, with 0: nothing is in flight.
     """
     # Before the imports, which take most of the start: of the first process of a container, the kernel drops a signal
     # that has no handler, and the container would go on to serve.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _leave)
-    _serve()
+    if "serve" in sys.argv[1:2]:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _leave)
+    is_serving = "serve" in sys.argv[1:2] or "_CARSO_COMPLETE" in os.environ  # the latter is a shell that completes
+    command_line(with_settings=is_serving)(prog_name="carso")
 
 
 def _leave(number: int, frame: FrameType | None) -> None:
@@ -40,66 +37,116 @@ def _leave(number: int, frame: FrameType | None) -> None:
     os._exit(0)
 
 
-def _serve() -> None:
-    import uvicorn
+def command_line(*, with_settings: bool = True) -> Any:
+    """Put the parts of the command together. Returns a Typer application.
 
-    from carso.app import build
-    from carso.bundle import BundleError
-    from carso.http.parser import bounded
-    from carso.http.server import Server
-    from carso.inference.sessions import DeviceError
-    from carso.settings import Settings, SettingsError, unknown_variables
-    from carso.telemetry import logs
+    `with_settings`: whether `serve` needs its options, which take time to make.
+    """
+    import typer
+
+    from carso.client import commands
+
+    app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
+
+    def show_version(wanted: bool) -> None:
+        if wanted:
+            from carso.version import __version__
+
+            typer.echo(f"carso {__version__}")
+            raise typer.Exit
+
+    @app.callback()
+    def carso(
+        version: Annotated[
+            bool, typer.Option("--version", callback=show_version, is_eager=True, help="Show the version and exit.")
+        ] = False,
+    ) -> None:
+        """Serve image classification that is hardened against adversarial inputs, and ask such a service."""
+
+    serve.__signature__ = inspect.Signature(_options() if with_settings else ())  # type: ignore[attr-defined]  # PEP 362
+    for part in (serve, commands.classify, commands.info, commands.bench):
+        app.command()(part)
+    return app
+
+
+def serve(**options: object) -> None:
+    """Serve a bundle over HTTP until SIGTERM or SIGINT.
+
+    Every setting is an option and an environment variable; the option wins.
+    """
+    from carso.inference.runtime import InstallationError, check_runtime
+    from carso.settings import Settings, SettingsError
 
     try:
-        settings = Settings.read()
-        logs.configure(settings.log_level)
-        for name in unknown_variables():
-            log.warning("%s is in the environment but is no setting of this service", name)
-        service = build(settings)
+        settings = Settings.read({name: value for name, value in options.items() if value is not None})
+        check_runtime()
+        from carso.bundle import BundleError
+        from carso.inference.sessions import DeviceError
+        from carso.serving import run
+    except SettingsError as e:
+        _exit(e, BAD_SETTING)
+    except InstallationError as e:
+        _exit(e, CANNOT_START)
+    except ModuleNotFoundError as e:
+        _exit(f"the service needs {e.name}, which is not installed: {INSTALL}", CANNOT_START)
+    try:
+        run(settings)
     except SettingsError as e:
         _exit(e, BAD_SETTING)
     except (BundleError, DeviceError) as e:
         _exit(e, CANNOT_START)
-    _settle()
-    config = uvicorn.Config(
-        service.app,
-        host=settings.host,
-        port=settings.port,
-        http=bounded(settings.receive_timeout_s, service.unread),
-        lifespan="on",
-        log_config=None,  # uvicorn's loggers join ours
-        access_log=False,  # carso.http.envelope writes that line
-        server_header=False,
-        proxy_headers=False,  # nothing here asks who the client is
-        timeout_keep_alive=KEEP_ALIVE,
-    )
-    Server(
-        config,
-        lifecycle=service.lifecycle,
-        abandon=service.engine.abandon,
-        delay=settings.drain_delay_s,
-        timeout=settings.drain_timeout_s,
-    ).run()  # raises the signal that ended it once more; by then all is done
 
 
-def _settle() -> None:
-    """Tune the interpreter for a loop of short requests beside one engine thread."""
-    # What start-up made lives as long as the process: no full collection need look at it again.
-    gc.collect()
-    gc.freeze()
-    # The engine comes back from every run of a graph wanting the interpreter, and by default waits 5 ms for the event
-    # loop to give it up: longer than the run took.
-    sys.setswitchinterval(SWITCH_INTERVAL)
-    # The buffers of a large image go back to the system when it is decoded. glibc by itself keeps them from the second
-    # one on, 24 MB after some hundred WebP files; other C libraries have no such setting, and no need of it.
-    with suppress(AttributeError):
-        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_FROM)
+def _options() -> list[inspect.Parameter]:
+    """Make the parameters that Typer makes the options of `serve` of: one for each setting.
+
+    Their values are text, so that Settings says what is wrong with one in the same words as of a variable; only
+    switches, such as --spin and --no-spin, are true or false. What is not given is None.
+    """
+    import typer
+
+    from carso import settings
+    from carso.complaints import allowed
+
+    parameters = []
+    for name, field in settings.Settings.model_fields.items():
+        in_words = allowed(settings.Settings, name)
+        choices = list(get_args(field.annotation)) if get_origin(field.annotation) is Literal else []
+        is_switch = field.annotation is bool
+        option = typer.Option(
+            settings.option(name) + (f"/{settings.option(f'no_{name}')}" if is_switch else ""),
+            help=f"{field.description} "
+            + (f"Allowed: {in_words}. " if " from " in in_words else "")
+            + f"Default: {settings.default_of(name)}. Variable: {settings.variable(name)}.",
+            metavar=None if is_switch else "|".join(choices) or _noun(name, in_words),
+            autocompletion=_completing(choices) if choices else None,
+            rich_help_panel=settings.group_of(name),
+            show_default=False,
+        )
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[bool | None if is_switch else str | None, option],
+            )
+        )
+    return parameters
 
 
-def _exit(error: Exception, code: int) -> None:
-    print(f"carso-serve: {error}", file=sys.stderr)
-    sys.exit(code)
+def _completing(choices: list[str]) -> Callable[[], list[str]]:
+    return lambda: choices
+
+
+def _noun(name: str, allowed: str) -> str:
+    if name.endswith("_s"):
+        return "SECONDS"
+    return {"an integer": "INTEGER", "a path": "PATH"}.get(" ".join(allowed.split()[:2]), "TEXT")
+
+
+def _exit(error: object, status: int) -> NoReturn:
+    sys.stderr.write(f"carso: {error}\n")
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""One call on the service, without any I/O: its requests, its answer, and when to try again.
+"""One call to the service, without any I/O: its requests, its answer, and when to try again.
 
-Who sends and sleeps (carso.client.clients) takes `request()`, sends it, and gives what came of it to `judge()`, until
-that returns a result or raises. Classification is idempotent, so a request whose connection broke is sent again even if
-the service may have worked on it.
+Whoever sends and sleeps (carso.client.clients) takes `request()`, sends it, and gives what came of it to `judge()`,
+until that returns a result or raises. Classification is idempotent, so a request whose connection broke is sent again
+even if the service may have worked on it.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ from pydantic import BaseModel, ValidationError
 from carso.client.errors import CarsoError, DeadlineExceeded, RequestRefused, Unavailable, UnexpectedAnswer
 from carso.client.images import Body
 
-CONNECT_TIMEOUT = 5.0  # seconds, at most: a connection is there at once, or will hardly be
-GRACE = 1.0  # seconds after a deadline that the service was told, in which its answer with the votes so far may arrive
+CONNECT_TIMEOUT = 5.0  # seconds, at most: a connection is made at once, or hardly ever
+GRACE = 1.0  # seconds after a deadline that the service knows, in which its answer with the votes so far may arrive
 MAX_DEADLINE = 600.0  # seconds, the most that the service takes
 FIRST_BACKOFF, MAX_BACKOFF = 0.1, 5.0  # seconds
 
@@ -38,14 +38,14 @@ R = TypeVar("R", bound=BaseModel)
 class Patience:
     """How long a call waits. `deadline` and `timeout` in seconds."""
 
-    timeout: float  # for each wait on the socket; without a deadline, for the service's wish to be asked later too
+    timeout: float  # for each wait on the socket; without a deadline, also the longest Retry-After that is obeyed
     retries: int
     deadline: float | None = None  # after the call's begin, for everything
-    tell: bool = False  # the service the deadline, so that it answers by then with what it has
+    tell: bool = False  # whether the service is told the deadline, so that it answers by then with what it has
 
 
 class Call(Generic[R]):
-    """The call's clock starts with its making."""
+    """One call and its attempts. Its clock starts when it is made."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class Call(Generic[R]):
         params: Mapping[str, object] | None = None,
         body: Body | None = None,
     ) -> None:
-        """`build`: of an httpx client. `model`: of the answer. `params` that are None are left out."""
+        """`build`: an httpx client's build_request. `model`: the answer's. `params` that are None are left out."""
         self.request_id = secrets.token_hex(16)
         self._build = build
         self._method, self._path = method, path
@@ -70,18 +70,18 @@ class Call(Generic[R]):
         self._attempts = 0
 
     def left(self) -> float | None:
-        """Seconds until this attempt must be over; None: without end."""
+        """Return the seconds until this attempt must be over; None: it may take forever."""
         if self._end is None:
             return None
         return max(0.0, self._end - time.monotonic()) + (GRACE if self._patience.tell else 0.0)
 
     def request(self) -> httpx.Request:
-        """Of the next attempt. Raises DeadlineExceeded."""
+        """Build the request of the next attempt. Raises DeadlineExceeded."""
         headers = {"x-request-id": self.request_id}
         params: dict[str, Any] = dict(self._params)
         timeout = self._patience.timeout
         if self._end is not None:
-            # not <=: a deadline that is no number is over too
+            # not <=: a deadline of NaN is over too
             if not (left := self._end - time.monotonic()) > 0:
                 raise self._too_late()
             if self._patience.tell:
@@ -102,7 +102,10 @@ class Call(Generic[R]):
         )
 
     def judge(self, outcome: httpx.Response | httpx.RequestError) -> R | float:
-        """What came of the last request -> the result, or the seconds to sleep before the next. Raises CarsoError."""
+        """Return the result of the call, or the seconds to sleep before its next request. Raises CarsoError.
+
+        `outcome`: what came of the last request.
+        """
         self._attempts += 1
         if isinstance(outcome, httpx.Response):
             if outcome.is_success:
@@ -117,7 +120,7 @@ class Call(Generic[R]):
         raise error from (None if isinstance(outcome, httpx.Response) else outcome)
 
     def _pause(self, retry_after: float | None) -> float | None:
-        """Seconds; None if the call cannot wait so long.
+        """Return the seconds until the next attempt; None if the call cannot wait so long.
 
         Exponential backoff with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
         It is added to what the service asks for, so that those who were told the same do not come back as one.
@@ -135,14 +138,14 @@ class Call(Generic[R]):
             first = e.errors()[0]
             where = ".".join(map(str, first["loc"]))
             raise UnexpectedAnswer(
-                f"{response.url} answers something else than a CARSO service does "
+                f"{response.url} does not answer as a CARSO service does "
                 f"({where + ': ' if where else ''}{first['msg']}): is the URL right?",
                 request_id=self.request_id,
                 status=response.status_code,
             ) from None
 
     def _refusal(self, response: httpx.Response) -> CarsoError:
-        """The error of an answer that is not 2xx."""
+        """Make the error of an answer that is not 2xx."""
         status = response.status_code
         name, message, request_id = self._told(response)
         if status in (429, 503):
@@ -154,7 +157,7 @@ class Call(Generic[R]):
         return kind(message, request_id=request_id, status=status, error=name)
 
     def _told(self, response: httpx.Response) -> tuple[str | None, str, str]:
-        """Name, message and request id; of an answer in another shape, as from a proxy between, what there is."""
+        """Return name, message and request id; of an answer in another shape, such as a proxy's, what there is."""
         try:
             content = response.json()
             return str(content["error"]), str(content["message"]), str(content["request_id"])
@@ -162,7 +165,7 @@ class Call(Generic[R]):
             return None, f"{response.url} answers {status_line(response)}", self.request_id
 
     def _failure(self, error: httpx.RequestError) -> CarsoError:
-        """The error of a request that got no answer."""
+        """Make the error of a request that got no answer."""
         url = error.request.url
         if isinstance(error, httpx.TimeoutException):
             if self._end is not None and time.monotonic() >= self._end:
@@ -170,7 +173,7 @@ class Call(Generic[R]):
             if isinstance(error, httpx.ConnectTimeout):
                 message = f"no connection to {url} in time"
             elif isinstance(error, httpx.PoolTimeout):
-                message = f"no free connection to {url} in time: have fewer calls in flight, or more connections"
+                message = f"no free connection to {url} in time: make fewer calls at once, or allow more connections"
             else:
                 message = f"no answer from {url} in time: give a longer timeout, or a deadline"
             return Unavailable(message, request_id=self.request_id)
@@ -185,7 +188,7 @@ class Call(Generic[R]):
 
 
 def seconds_of(retry_after: str | None) -> float | None:
-    """What Retry-After says, seconds or an HTTP date; None if it says nothing that can be read."""
+    """Read Retry-After, which holds seconds or an HTTP date. None if it cannot be read."""
     if retry_after is None:
         return None
     try:
@@ -200,5 +203,5 @@ def seconds_of(retry_after: str | None) -> float | None:
 
 
 def status_line(response: httpx.Response) -> str:
-    """Such as: 502 Bad Gateway."""
+    """Write the status as: 502 Bad Gateway."""
     return f"{response.status_code} {response.reason_phrase}".strip()

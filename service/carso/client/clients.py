@@ -1,4 +1,4 @@
-"""Client and AsyncClient: the same calls, which differ in how they send and sleep and in nothing else."""
+"""Client and AsyncClient: the same calls. They differ in how they send and sleep, and in nothing else."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from typing import Self
 
 import httpx
 
+from carso.client import DEFAULT_URL
 from carso.client.call import Call, Patience, R
 from carso.client.errors import Unavailable
 from carso.client.images import Images, body_of
 from carso.client.results import FastResult, Health, Info, RobustResult
 from carso.version import __version__
 
-DEFAULT_URL = "http://127.0.0.1:8000"
 TIMEOUT = 60.0  # seconds
 RETRIES = 3
 CONNECTIONS = 100
 
 
 class _Calls:
-    """What both clients share: where the service is, and the calls that are made on it."""
+    """What both clients share: where the service is, and the calls that they make."""
 
     _http: httpx.Client | httpx.AsyncClient
 
@@ -33,7 +33,7 @@ class _Calls:
         self.url = checked_url(url or os.environ.get("CARSO_URL") or DEFAULT_URL)
         key = api_key or os.environ.get("CARSO_API_KEY")
         if key and not re.fullmatch(r"[!-~]+", key):  # found here, the error does not show the key
-            raise ValueError("the API key holds something else than printable ASCII characters without spaces")
+            raise ValueError("the API key must hold printable ASCII characters only, and no spaces")
         self._headers = {"user-agent": f"carso/{__version__}"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._timeout, self._retries = timeout, retries
 
@@ -64,13 +64,18 @@ class _Calls:
         return Call(self._http.build_request, "GET", "/info", model=Info, patience=patience)
 
     def _probe(self, path: str) -> Call[Health]:
-        """Once: whoever probes asks about this moment."""
+        """Ask once: whoever probes asks about this moment."""
         patience = Patience(timeout=self._timeout, retries=0)
         return Call(self._http.build_request, "GET", path, model=Health, patience=patience)
 
 
 class Client(_Calls):
-    """For threads; one client may be used by many. Close it, or use it as a context manager."""
+    """A client for threads: many may share one. Close it, or use it as a context manager.
+
+    with Client("http://127.0.0.1:8000") as client:
+        for prediction in client.classify(["a.png", "b.png"]).predictions:
+            print(prediction.class_name, prediction.votes, prediction.agree)
+    """
 
     _http: httpx.Client
 
@@ -83,9 +88,15 @@ class Client(_Calls):
         retries: int = RETRIES,
         connections: int = CONNECTIONS,
     ) -> None:
-        """`url`: by default CARSO_URL of the environment, else http://127.0.0.1:8000; may have a path. `api_key`: by
-        default CARSO_API_KEY, else none. `timeout`: seconds, of each wait for the service. `retries`: of one call.
-        `connections`: at most, at the same time. Raises ValueError for a URL or key that is none."""
+        """Set up the connections; none is opened yet.
+
+        `url`: the service's, which may have a path; default: the variable CARSO_URL, else http://127.0.0.1:8000.
+        `api_key`: default: the variable CARSO_API_KEY, else none. `timeout`: seconds that each wait for the service may
+        take. `retries`: how often one call is sent again, at most. `connections`: how many are open at once, at most.
+        Raises ValueError for a URL or key that cannot be one.
+
+            client = Client("https://vision.example", api_key="...", timeout=10, retries=5)
+        """
         super().__init__(url=url, api_key=api_key, timeout=timeout, retries=retries)
         self._http = httpx.Client(base_url=self.url, headers=self._headers, limits=_limits(connections))
 
@@ -99,29 +110,59 @@ class Client(_Calls):
         resize: bool = False,
         deadline: float | None = None,
     ) -> RobustResult:
-        """The robust path. `images`: a path, an encoded image as bytes, a sequence of these, or an array as in body_of.
+        """Classify images on the robust path: both passes, and a vote.
 
-        Options that are None are the service's defaults. `deadline`: seconds for all of it, retries included; the
-        service is told what is left of it and answers by then with the votes cast so far (`complete` is False).
-        Raises RequestRefused, Unavailable, DeadlineExceeded, UnexpectedAnswer, and what body_of does.
+            result = client.classify("digit.png", risk=1e-3, deadline=2)
+            (prediction,) = result.predictions
+            print(prediction.class_name, f"{prediction.share:.0%} of {prediction.votes} votes")
+
+        `images`: a path, an encoded image as bytes, a sequence of these, or a NumPy array: [H, W], [C, H, W],
+        [N, H, W] (one channel) or [N, C, H, W], as uint8, or as floating point in the bundle's value range (see
+        `info`). `samples`: votes to count per image, at most. `risk`: the chance, per image, that early stopping elects
+        another class than the full count would; 0 counts until the outcome is certain. `seed`: of the latents, from 0
+        to 2^53 - 1; the same request with the same seed gets the same votes. `resize`: scale images of another height
+        and width, instead of having them refused. `deadline`: seconds for everything, retries included; the service is
+        told what is left of it, and answers by then with the votes cast so far (`complete` is False). What is None is
+        the service's default.
+
+        Returns one prediction per image, in the order sent. Raises RequestRefused, Unavailable, DeadlineExceeded,
+        UnexpectedAnswer; OSError for a file that cannot be read; TypeError and ValueError for what cannot be sent.
         """
         options = _options(samples=samples, risk=risk, seed=seed, resize=resize)
         return self._run(self._robust(images, options, deadline))
 
     def classify_fast(self, images: Images, *, resize: bool = False, deadline: float | None = None) -> FastResult:
-        """The fast path: the classifier alone. Arguments and errors as of `classify`."""
+        """Classify images on the fast path: the classifier alone. Arguments and errors are those of `classify`.
+
+        (prediction,) = client.classify_fast(png_bytes).predictions
+        print(prediction.class_name, prediction.probabilities[prediction.label])
+        """
         return self._run(self._fast(images, _options(resize=resize), deadline))
 
     def info(self) -> Info:
-        """What is served, with which limits, on what. Errors as of `classify`."""
+        """Ask what is served, with which limits, on which device. Errors are those of `classify`.
+
+        info = client.info()
+        print(info.bundle.classes, info.bundle.input.shape, info.limits.max_images)
+        """
         return self._run(self._info())
 
     def ready(self) -> bool:
-        """Whether the service takes requests; False if it says no or does not answer. Raises the other errors."""
+        """Ask, once, whether the service takes requests. False if it says no or does not answer.
+
+        Raises RequestRefused and UnexpectedAnswer.
+
+            while not client.ready():
+                time.sleep(1)
+        """
         return self._says_yes("/readyz")
 
     def live(self) -> bool:
-        """Whether its process should go on; as `ready`."""
+        """Ask, once, whether the service's process should go on. Answers and errors are those of `ready`.
+
+        if not client.live():
+            restart_the_service()
+        """
         return self._says_yes("/livez")
 
     def _says_yes(self, path: str) -> bool:
@@ -158,9 +199,13 @@ class Client(_Calls):
 
 
 class AsyncClient(_Calls):
-    """For asyncio: Client's methods, awaited. A call that is cancelled hangs up, and the service stops its count.
+    """A client for asyncio: Client's methods, awaited.
 
-    Files are read where the call is made: give bytes if that may take long.
+        async with AsyncClient("http://127.0.0.1:8000") as client:
+            results = await asyncio.gather(*(client.classify(path) for path in paths))
+
+    A call that is cancelled hangs up, and the service stops its count. Files are read on the event loop: give bytes if
+    reading may take long.
     """
 
     _http: httpx.AsyncClient
@@ -174,7 +219,10 @@ class AsyncClient(_Calls):
         retries: int = RETRIES,
         connections: int = CONNECTIONS,
     ) -> None:
-        """As Client's."""
+        """Set up the connections, as `Client` does; none is opened yet.
+
+        client = AsyncClient("https://vision.example", connections=500)
+        """
         super().__init__(url=url, api_key=api_key, timeout=timeout, retries=retries)
         self._http = httpx.AsyncClient(base_url=self.url, headers=self._headers, limits=_limits(connections))
 
@@ -188,24 +236,39 @@ class AsyncClient(_Calls):
         resize: bool = False,
         deadline: float | None = None,
     ) -> RobustResult:
-        """As Client.classify."""
+        """Classify images on the robust path, as `Client.classify` does.
+
+        (prediction,) = (await client.classify("digit.png", risk=0)).predictions
+        """
         options = _options(samples=samples, risk=risk, seed=seed, resize=resize)
         return await self._run(self._robust(images, options, deadline))
 
     async def classify_fast(self, images: Images, *, resize: bool = False, deadline: float | None = None) -> FastResult:
-        """As Client.classify_fast."""
+        """Classify images on the fast path, as `Client.classify_fast` does.
+
+        (prediction,) = (await client.classify_fast("digit.png")).predictions
+        """
         return await self._run(self._fast(images, _options(resize=resize), deadline))
 
     async def info(self) -> Info:
-        """As Client.info."""
+        """Ask what is served, as `Client.info` does.
+
+        classes = (await client.info()).bundle.classes
+        """
         return await self._run(self._info())
 
     async def ready(self) -> bool:
-        """As Client.ready."""
+        """Ask whether the service takes requests, as `Client.ready` does.
+
+        ready = await client.ready()
+        """
         return await self._says_yes("/readyz")
 
     async def live(self) -> bool:
-        """As Client.live."""
+        """Ask whether the service's process should go on, as `Client.live` does.
+
+        live = await client.live()
+        """
         return await self._says_yes("/livez")
 
     async def _says_yes(self, path: str) -> bool:
@@ -245,13 +308,13 @@ class AsyncClient(_Calls):
 
 
 def checked_url(url: str) -> str:
-    """The URL itself. Raises ValueError unless it is http:// or https:// and names a host."""
+    """Return the URL. Raises ValueError unless it is http:// or https:// and names a host."""
     try:
         parsed = httpx.URL(url)
     except httpx.InvalidURL as e:
-        raise ValueError(f"{url!r} is no URL ({e}): give one such as {DEFAULT_URL}") from None
+        raise ValueError(f"{url!r} is not a URL ({e}): give one such as {DEFAULT_URL}") from None
     if parsed.scheme not in ("http", "https") or not parsed.host:
-        raise ValueError(f"{url!r} is no http or https URL: give one such as {DEFAULT_URL}")
+        raise ValueError(f"{url!r} is not an http or https URL: give one such as {DEFAULT_URL}")
     return url
 
 
@@ -260,5 +323,5 @@ def _limits(connections: int) -> httpx.Limits:
 
 
 def _options(*, resize: bool, **options: object) -> dict[str, object]:
-    """As query parameters; `resize` only if it is wanted, as the default everywhere is not to."""
+    """Make query parameters. `resize` is one only if it is wanted: the default everywhere is not to."""
     return {**options, "resize": True if resize else None}

@@ -1,4 +1,21 @@
-"""What a call may end with instead of a result: one exception type per thing that a caller can do something about."""
+"""What a call may end with instead of a result: one exception type per thing that a caller can do something about.
+
+CarsoError
+├── RequestRefused      the same request would be refused again: change it
+├── Unavailable         no connection, no answer, or too much work: try later, or elsewhere
+├── DeadlineExceeded    your own deadline passed: give more time
+└── UnexpectedAnswer    a fault of the service, or the URL of another server
+
+from carso import Client, RequestRefused, Unavailable
+
+with Client() as client:
+    try:
+        result = client.classify("digit.png", deadline=2)
+    except RequestRefused as e:
+        print("not an image for this service:", e.error, e.message)
+    except Unavailable as e:
+        print("try again in", e.retry_after, "seconds")
+"""
 
 # ruff: noqa: N818  each name says what is wrong
 
@@ -6,7 +23,12 @@ from __future__ import annotations
 
 
 class CarsoError(Exception):
-    """Any of the below. `str` of it says all that a log needs."""
+    """Any error of a call. `str` of it says all that a log needs.
+
+    `message`: what was wrong and what to do. `request_id`: what the service's log has of this call. `status`: the HTTP
+    status of the answer, None if there was none. `error`: the service's name for what is wrong, such as wrong_shape.
+    `retry_after`: the seconds that the service asked to wait, if it did.
+    """
 
     def __init__(
         self,
@@ -17,9 +39,6 @@ class CarsoError(Exception):
         error: str | None = None,
         retry_after: float | None = None,
     ) -> None:
-        """`request_id`: what the service's log has of this call. `status`: of the HTTP answer, None if there was none.
-        `error`: the service's name for what is wrong, such as wrong_shape. `retry_after`: seconds that it asked to
-        wait, if it did."""
         super().__init__(message)
         self.message = message
         self.request_id = request_id
@@ -34,16 +53,16 @@ class CarsoError(Exception):
 
 
 class RequestRefused(CarsoError):
-    """4xx other than 429: the same request would be refused again."""
+    """A 4xx status other than 429: the same request would be refused again."""
 
 
 class Unavailable(CarsoError):
-    """No connection, no answer within the timeout, or 429 or 503 after all retries: later, or elsewhere, it may do."""
+    """No connection, no answer within the timeout, or 429 or 503 after all retries. Try later, or another replica."""
 
 
 class DeadlineExceeded(CarsoError):
-    """The deadline passed without an answer: so says the service (504), or the client's own clock (no status)."""
+    """The deadline passed without an answer. The service says so (504), or the client's own clock (no status)."""
 
 
 class UnexpectedAnswer(CarsoError):
-    """A fault of the service (500), or an answer that is none of its own: most likely the URL is another server's."""
+    """A fault of the service (500), or an answer that no CARSO service gives: the URL may be another server's."""

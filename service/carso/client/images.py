@@ -1,4 +1,4 @@
-"""Images as callers have them -> the cheapest body that carries them."""
+"""Turn images as callers have them into the cheapest body that carries them."""
 
 from __future__ import annotations
 
@@ -29,12 +29,14 @@ _TYPES = {  # by a file's first bytes
 
 @dataclass(frozen=True)
 class Body:
+    """The body of a request, and its Content-Type."""
+
     content: bytes
     content_type: str
 
 
 def body_of(images: Images) -> Body:
-    """One image as it is; several as multipart; an array, or a .npy file by itself, as .npy.
+    """Make the body of a request: one image as it is, several as multipart, an array as .npy.
 
     An array is [H, W], [C, H, W], [N, H, W] (one channel) or [N, C, H, W]; floating point in the bundle's range, or
     uint8. Raises OSError for a file that cannot be read, TypeError, and ValueError for an empty sequence.
@@ -58,7 +60,7 @@ def body_of(images: Images) -> Body:
 
 
 def _is_array(images: object) -> bool:
-    """Without importing numpy: where nobody has, there is no array."""
+    """Tell without importing numpy: where nobody has imported it, there is no array."""
     numpy = sys.modules.get("numpy")
     return numpy is not None and isinstance(images, numpy.ndarray)
 
@@ -76,9 +78,12 @@ def _read(image: object) -> bytes:
         return image
     if isinstance(image, (str, os.PathLike)):
         return Path(image).read_bytes()
-    raise TypeError(f"an image is a {type(image).__name__}: give a path or bytes; arrays of one shape by numpy.stack")
+    raise TypeError(
+        f"an image is a {type(image).__name__}: give a path or bytes, or join arrays of one shape with numpy.stack"
+    )
 
 
 def _type_of(content: bytes) -> str:
-    """PNG if it is none of the others: the service looks at the bytes itself, and names what is wrong with them."""
+    """Guess the Content-Type; PNG if it is none of the others. The service looks at the bytes itself, and names what is
+    wrong with them."""
     return next((kind for start, kind in _TYPES.items() if content.startswith(start)), "image/png")

@@ -1,7 +1,12 @@
 """What calls return. Fields that this version does not know are kept, as attributes too, not refused.
 
-A service that withholds its evidence (CARSO_EVIDENCE=label) sends of a prediction only `label`, `class_name` and, on
-the robust path, `complete`, and no timings: what is missing is None.
+A service that withholds its evidence (CARSO_EVIDENCE=label) sends only `label`, `class_name` and, on the robust path,
+`complete` of a prediction, and no timings: what is missing is None.
+
+    result = client.classify(["a.png", "b.png"])
+    for prediction in result.predictions:
+        print(prediction.class_name, prediction.agree)
+    print(result.request_id, result.model_dump_json())
 """
 
 from __future__ import annotations
@@ -10,26 +15,32 @@ from pydantic import BaseModel, ConfigDict
 
 
 class _Value(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="allow")
+    model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)  # each is built when it is first used
 
 
 class BundleName(_Value):
+    """Which bundle answered."""
+
     name: str
     version: str
     checksum: str  # SHA-256 of the bundle's manifest
 
 
 class FastPrediction(_Value):
+    """What the fast path says of one image."""
+
     label: int
     class_name: str
     probabilities: tuple[float, ...] | None = None  # of each class, in order
 
 
 class RobustPrediction(_Value):
+    """What the robust path says of one image, and how the vote came out."""
+
     label: int  # the class with most votes
     class_name: str
     complete: bool  # False if the deadline ended the count
-    share: float | None = None  # of `label` among the votes cast
+    share: float | None = None  # of `label` among the votes cast, from 0 to 1
     tally: tuple[int, ...] | None = None  # votes of each class, in order
     votes: int | None = None  # cast
     samples: int | None = None  # votes asked for
@@ -37,11 +48,11 @@ class RobustPrediction(_Value):
     risk: float | None = None  # asked for
     seed: int | None = None  # of this image's latents
     fast_label: int | None = None  # what the fast path says
-    agree: bool | None = None  # whether it is the same
+    agree: bool | None = None  # whether both paths say the same; if not, the image may have been manipulated
 
 
 class Timings(_Value):
-    """In milliseconds, as the service measured them."""
+    """How long a request took, in milliseconds, as the service measured it."""
 
     decode_ms: float
     queue_ms: float
@@ -58,20 +69,28 @@ class _Result(_Value):
 
 
 class FastResult(_Result):
+    """The answer of `classify_fast`."""
+
     predictions: tuple[FastPrediction, ...]  # one per image, in the order sent
 
 
 class RobustResult(_Result):
+    """The answer of `classify`."""
+
     predictions: tuple[RobustPrediction, ...]  # one per image, in the order sent
 
 
 class InputSpec(_Value):
+    """What an image has to be."""
+
     shape: tuple[int, int, int]  # channels, height, width
     low: float  # the range of floating-point values
     high: float
 
 
 class BundleInfo(BundleName):
+    """What is served."""
+
     dataset: str
     classes: tuple[str, ...]
     input: InputSpec
@@ -79,14 +98,18 @@ class BundleInfo(BundleName):
 
 
 class DeviceInfo(_Value):
+    """What it is served on."""
+
     asked: str
     provider: str
     precision: str
 
 
 class Limits(_Value):
+    """What the service takes in one request."""
+
     max_samples: int
-    max_images: int  # in one request
+    max_images: int
     max_body_bytes: int
     max_pixels: int
     allow_seed: bool
@@ -94,6 +117,8 @@ class Limits(_Value):
 
 
 class Info(_Value):
+    """The answer of `info`."""
+
     version: str  # of the service
     bundle: BundleInfo
     device: DeviceInfo
@@ -103,4 +128,6 @@ class Info(_Value):
 
 
 class Health(_Value):
+    """The answer of a probe."""
+
     status: str

@@ -1,0 +1,67 @@
+"""Serve a bundle with uvicorn, tuned for a loop of short requests beside one engine thread."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import logging
+import sys
+from contextlib import suppress
+
+import uvicorn
+
+from carso.app import build
+from carso.http.parser import bounded
+from carso.http.server import Server
+from carso.settings import Settings, unknown_variables
+from carso.telemetry import logs
+
+log = logging.getLogger(__name__)
+
+SWITCH_INTERVAL = 0.5e-3  # seconds
+MMAP_FROM = 2**20  # bytes of one allocation
+_M_MMAP_THRESHOLD = -3  # malloc.h
+# Seconds that an idle connection stays open: longer than load balancers keep theirs (AWS and nginx 60 by default), or
+# they would send requests over connections that are being closed.
+KEEP_ALIVE = 75
+
+
+def run(settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, and drain. Raises what `carso.app.build` raises, before a port is opened."""
+    logs.configure(settings.log_level)
+    for name in unknown_variables():
+        log.warning("%s is in the environment but is not a setting of this service", name)
+    service = build(settings)
+    _settle()
+    config = uvicorn.Config(
+        service.app,
+        host=settings.host,
+        port=settings.port,
+        http=bounded(settings.receive_timeout_s, service.unread),
+        lifespan="on",
+        log_config=None,  # uvicorn's loggers join ours
+        access_log=False,  # carso.http.envelope writes that line
+        server_header=False,
+        proxy_headers=False,  # nothing here asks who the client is
+        timeout_keep_alive=KEEP_ALIVE,
+    )
+    Server(
+        config,
+        lifecycle=service.lifecycle,
+        abandon=service.engine.abandon,
+        delay=settings.drain_delay_s,
+        timeout=settings.drain_timeout_s,
+    ).run()  # raises the signal that ended it once more; by then all is done
+
+
+def _settle() -> None:
+    # What start-up made lives as long as the process: no full collection need look at it again.
+    gc.collect()
+    gc.freeze()
+    # The engine comes back from every run of a graph and needs the interpreter, and by default waits 5 ms for the event
+    # loop to give it up: longer than the run took.
+    sys.setswitchinterval(SWITCH_INTERVAL)
+    # The buffers of a large image go back to the system when it is decoded. glibc by itself keeps them from the second
+    # one on, 24 MB after some hundred WebP files; other C libraries have no such setting, and no need of it.
+    with suppress(AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_FROM)
