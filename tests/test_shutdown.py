@@ -105,8 +105,10 @@ from carso.inference.pipeline import Pipeline
 def fail(self):
     raise RuntimeError("no more votes")
 Pipeline.round = fail
-from carso.command import serve
-serve()
+import sys
+from carso.command import main
+sys.argv[1:] = ["serve"]
+main()
 """
 
 
