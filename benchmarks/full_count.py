@@ -6,7 +6,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from carso.bundle import Bundle
-from carso.inference.pipeline import Ballot, Pipeline
+from carso.inference.jobs import VotePlan
+from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import FirstPass, Sessions
 from carso_training.graphs import VoteGraph
 from carso_training.networks import Classifier, Purifier
@@ -45,7 +46,7 @@ class ServiceWays:
 
     def in_ballots(self, *, risk: float) -> int:
         """As for a request whose count does not stop early: votes cast."""
-        (outcome,) = self._pipeline.classify(self._image, Ballot(samples=self._samples, risk=risk))
+        (outcome,) = self._pipeline.classify(self._image, VotePlan(samples=self._samples, risk=risk))
         return outcome.votes
 
     def in_one_batch(self) -> np.ndarray:

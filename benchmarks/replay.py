@@ -34,7 +34,7 @@ def cast_all(sessions: Sessions, codes: np.ndarray, *, seeds: Sequence[int], sam
 
 def by_ballot(rule: StoppingRule, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
     """The rule is checked after each ballot, as the engine does."""
-    return rule.ballot(leader=leader, runner_up=runner_up, cast=cast, expected=expected)
+    return rule.next_ballot(leader=leader, runner_up=runner_up, cast=cast, expected=expected)
 
 
 def one_by_one(rule: StoppingRule, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:

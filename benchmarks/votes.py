@@ -15,7 +15,8 @@ import numpy as np
 import torch
 import typer
 from carso.bundle import Bundle
-from carso.inference.pipeline import Ballot, Job, Outcome, Pipeline
+from carso.inference.jobs import Job, Result, Ticket, VotePlan
+from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
 from carso.inference.vote import StoppingRule
 from carso.settings import Settings
@@ -108,23 +109,26 @@ def row(elections: Elections, rule: StoppingRule) -> Row:
 
 
 def same_as_pipeline(elections: Elections, rule: StoppingRule, pipeline: Pipeline, *, images: int) -> int:
-    """How many of the first `images` elections end in the pipeline just as in the replay: answer, votes and rule.
+    """Count those of the first `images` elections that end in the pipeline as in the replay: answer, votes and rule.
 
     The pipeline runs them together, each with its own seed. A vote may fall the other way where two classes are all
     but equal, as kernels for other batch sizes sum in another order; so a rare difference is no error.
     """
-    jobs = [
-        Job(image[None], Ballot(samples=rule.samples, risk=rule.risk, seed=seed))
+    tickets = [
+        Ticket(Job(image[None], VotePlan(samples=rule.samples, risk=rule.risk, seed=seed)))
         for seed, image in enumerate(elections.images[:images])
     ]
-    pipeline.admit(jobs)
+    pipeline.admit(tickets)
+    results: dict[Ticket, Result | None] = {}
     while pipeline.busy:
-        pipeline.step()
+        results.update(pipeline.first_passes().finished)
+        results.update(pipeline.round().finished)
     same = 0
-    for job, votes, expected in zip(jobs, elections.votes, elections.fast.tolist(), strict=False):
-        outcome, count = job.outcomes[0], replay(votes.tolist(), rule, expected=expected)
-        assert isinstance(outcome, Outcome)
-        same += (outcome.label, outcome.votes, outcome.rule) == (count.label, count.votes, count.rule)
+    for ticket, votes, expected in zip(tickets, elections.votes, elections.fast.tolist(), strict=False):
+        result, count = results[ticket], replay(votes.tolist(), rule, expected=expected)
+        assert result is not None
+        (outcome,) = result.outcomes
+        same += (outcome.label, outcome.votes, outcome.ending) == (count.label, count.votes, count.rule)
     return same
 
 

@@ -300,6 +300,7 @@ def worst_orders(request):
     return random_orders(totals, trials=50_000 if no_slack else 20_000)
 
 
+@pytest.mark.slow  # some 250 000 elections of 1500 votes each
 @pytest.mark.parametrize("risk", [0.05, 1e-2, 1e-3])
 @pytest.mark.parametrize("by_ballots", [False, True], ids=["after-every-vote", "by-ballots"])
 def test_the_share_of_wrong_stops_is_at_most_the_risk_in_the_worst_elections(worst_orders, by_ballots, risk):
