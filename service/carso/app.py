@@ -7,7 +7,6 @@ import os
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
@@ -15,6 +14,7 @@ from typing import TYPE_CHECKING, get_args
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp
 
 from carso.api import open_inference, openapi, operations
 from carso.api.answers import DeviceInfo, Info, Limits, bundle_info, bundle_name
@@ -28,6 +28,7 @@ from carso.errors import RequestError
 from carso.http.envelope import Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
 from carso.http.refusals import refuse
+from carso.http.server import Service
 from carso.images.media_types import MEDIA_TYPES
 from carso.images.reader import Reader
 from carso.inference.admission import QueueFull
@@ -52,17 +53,7 @@ DESCRIPTION = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Service:
-    """An application, and what the server around it has to know of it."""
-
-    app: FastAPI
-    engine: Engine
-    lifecycle: Lifecycle  # to be told when the process drains
-    unread: Callable[[RequestError], bytes]  # makes the whole answer to a request that the HTTP parser refuses
-
-
-def create_app() -> FastAPI:
+def create_app() -> ASGIApp:
     """Build the application out of the environment's settings, for any ASGI server.
 
         uvicorn --factory carso.app:create_app
@@ -158,7 +149,7 @@ def build(settings: Settings) -> Service:
     )
     if tracing:
         app.add_middleware(tracing.around)
-    return Service(app, engine, lifecycle, partial(unread, metrics))
+    return Service(app, lifecycle, engine.abandon, partial(unread, metrics))
 
 
 def _sessions(bundle: Bundle, settings: Settings) -> Sessions:

@@ -5,12 +5,15 @@ nothing of the server.
 """
 
 import inspect
+import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
 from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
+
+log = logging.getLogger("carso.command")  # however this file is run
 
 BAD_SETTING = 2
 CANNOT_START = 1
@@ -75,26 +78,32 @@ def serve(**options: object) -> None:
     Every setting is an option and an environment variable; the option wins.
     """
     from carso.inference.runtime import InstallationError, check_runtime
-    from carso.settings import Settings, SettingsError
+    from carso.settings import Settings, SettingsError, unknown_variables
 
     try:
         settings = Settings.read({name: value for name, value in options.items() if value is not None})
         check_runtime()
+        from carso.app import build
         from carso.bundle import BundleError
+        from carso.http.serving import run
         from carso.inference.sessions import DeviceError
-        from carso.serving import run
+        from carso.telemetry import logs
     except SettingsError as e:
         _exit(e, BAD_SETTING)
     except InstallationError as e:
         _exit(e, CANNOT_START)
     except ModuleNotFoundError as e:
         _exit(f"the service needs {e.name}, which is not installed: {INSTALL}", CANNOT_START)
+    logs.configure(settings.log_level)
+    for name in unknown_variables():
+        log.warning("%s is in the environment but is not a setting of this service", name)
     try:
-        run(settings)
+        service = build(settings)
     except SettingsError as e:
         _exit(e, BAD_SETTING)
     except (BundleError, DeviceError) as e:
         _exit(e, CANNOT_START)
+    run(service, settings)
 
 
 def _options() -> list[inspect.Parameter]:

@@ -11,11 +11,24 @@ import math
 import socket
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from types import FrameType
 
 import uvicorn
+from starlette.types import ASGIApp
 
+from carso.errors import RequestError
 from carso.telemetry.probes import Lifecycle
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """An application, and what the server around it has to know of it."""
+
+    app: ASGIApp
+    lifecycle: Lifecycle  # to be told when the process drains
+    abandon: Callable[[], None]  # ends the work that is in flight
+    unread: Callable[[RequestError], bytes]  # makes the whole answer to a request that the HTTP parser refuses
 
 
 class Server(uvicorn.Server):

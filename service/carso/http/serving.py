@@ -1,22 +1,17 @@
-"""Serve a bundle with uvicorn, tuned for a loop of short requests beside one engine thread."""
+"""Serve an application with uvicorn, tuned for a loop of short requests beside one engine thread."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
-import logging
 import sys
 from contextlib import suppress
 
 import uvicorn
 
-from carso.app import build
 from carso.http.parser import bounded
-from carso.http.server import Server
-from carso.settings import Settings, unknown_variables
-from carso.telemetry import logs
-
-log = logging.getLogger(__name__)
+from carso.http.server import Server, Service
+from carso.settings import Settings
 
 SWITCH_INTERVAL = 0.5e-3  # seconds
 MMAP_FROM = 2**20  # bytes of one allocation
@@ -26,12 +21,8 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 KEEP_ALIVE = 75
 
 
-def run(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, and drain. Raises what `carso.app.build` raises, before a port is opened."""
-    logs.configure(settings.log_level)
-    for name in unknown_variables():
-        log.warning("%s is in the environment but is not a setting of this service", name)
-    service = build(settings)
+def run(service: Service, settings: Settings) -> None:
+    """Serve until SIGTERM or SIGINT, and drain."""
     _settle()
     config = uvicorn.Config(
         service.app,
@@ -48,7 +39,7 @@ def run(settings: Settings) -> None:
     Server(
         config,
         lifecycle=service.lifecycle,
-        abandon=service.engine.abandon,
+        abandon=service.abandon,
         delay=settings.drain_delay_s,
         timeout=settings.drain_timeout_s,
     ).run()  # raises the signal that ended it once more; by then all is done
