@@ -6,11 +6,13 @@ which many classes get votes. Batch norms hold random statistics, so that foldin
 
 from __future__ import annotations
 
-import atexit
+import fcntl
+import hashlib
 import shutil
 import tempfile
 from dataclasses import replace
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from carso.bundle import sealed
 from carso_training.export import export
 from carso_training.networks import Classifier, ClassifierConfig, Purifier, PurifierConfig, SystemConfig
 from torch import nn
+
+ROOT = Path(__file__).parents[1]
+CACHE = ROOT / ".pytest_cache" / "bundles"
 
 REFERENCE = SystemConfig()  # the published sizes
 SMALL = SystemConfig(
@@ -102,15 +107,32 @@ def write_bundle(folder: Path, config: SystemConfig = SMALL, *, seed: int = 0, *
 
 
 def shared_bundle(config: SystemConfig = SMALL) -> Path:
-    """One random bundle for the whole test run: not to be written to; damage a copy of it."""
+    """One random bundle for all processes of a test run: not to be written to; damage a copy of it.
+
+    To export one takes seconds, so it is kept for the next run too, as long as no source of it changes.
+    """
     return _shared_bundle(config)
 
 
 @cache
 def _shared_bundle(config: SystemConfig) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix="carso-tests-"))
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return write_bundle(folder, config)
+    folder = CACHE / hashlib.sha256(f"{_sources()} {config}".encode()).hexdigest()[:16]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with folder.with_suffix(".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            made = write_bundle(Path(tempfile.mkdtemp(dir=CACHE)), config)
+            made.rename(folder)
+    return folder
+
+
+@cache
+def _sources() -> str:
+    """A checksum of all that decides what is exported."""
+    files = [Path(__file__), *(ROOT / "service/carso").glob("bundle.py"), *(ROOT / "training").rglob("*.py")]
+    sources = b"".join(path.read_bytes() for path in sorted(files))
+    versions = [version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")]
+    return hashlib.sha256(sources + repr(versions).encode()).hexdigest()
 
 
 def copy_of(bundle: Path, folder: Path) -> Path:

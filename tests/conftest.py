@@ -1,19 +1,28 @@
-"""Fixtures that several test files share."""
+"""Fixtures that several test files share. Each worker of pytest-xdist has servers of its own."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import httpx
+import hypothesis
 import pytest
 
+from tests import paced
 from tests.bundles import COLOUR, SMALL, shared_bundle
-from tests.server import Server, serving
+from tests.server import SPEED, Server, serving
+
+paced.vary(SPEED)
+# How long an example takes depends on the machine.
+hypothesis.settings.register_profile(
+    "any machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any machine")
 
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """One server with default limits but for endless counts, over a bundle of 1 x 8 x 8 images and 10 classes."""
+    """One server with default limits but for long counts, over a bundle of 1 x 8 x 8 images and 10 classes."""
     log = tmp_path_factory.mktemp("server") / "log"
     with serving(shared_bundle(SMALL), log, max_samples=100_000, queue_rows=10_000_000) as running:
         yield running
@@ -36,4 +45,20 @@ def strict_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def strict_client(strict_server: Server) -> Iterator[httpx.Client]:
     with strict_server.client() as connected:
+        yield connected
+
+
+@pytest.fixture(scope="session")
+def endless_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server that casts 20 000 votes a second: tests.calls.ENDLESS is under way for minutes, and nothing else of
+    the robust path fits beside it."""
+    limits = {"max_samples": 100_000, "queue_rows": 64 * 100_001}
+    log = tmp_path_factory.mktemp("endless") / "log"
+    with serving(shared_bundle(SMALL), log, per_second=20_000, **limits) as running:
+        yield running
+
+
+@pytest.fixture
+def endless_client(endless_server: Server) -> Iterator[httpx.Client]:
+    with endless_server.client() as connected:
         yield connected

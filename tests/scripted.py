@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -44,8 +45,11 @@ class Scripted:
 
 
 @contextmanager
-def scripted(*steps: Step, port: int = 0) -> Iterator[Scripted]:
-    """A server that takes these steps, one for each request, and the last one for all that follow."""
+def scripted(*steps: Step, bound: socket.socket | None = None) -> Iterator[Scripted]:
+    """A server that takes these steps, one for each request, and the last one for all that follow.
+
+    It listens on `bound` (tests.server.silent_port), or on a free port.
+    """
     received: list[Received] = []
     over = threading.Event()
 
@@ -93,7 +97,13 @@ def scripted(*steps: Step, port: int = 0) -> Iterator[Scripted]:
         def handle_error(self, request: Any, client_address: Any) -> None:
             """Nothing: clients that go away are part of the tests."""
 
-    server = Listener(("127.0.0.1", port), Handler)
+    server = Listener(("127.0.0.1", 0), Handler, bind_and_activate=bound is None)
+    if bound is not None:
+        server.socket.close()
+        server.socket = bound
+        server.server_address = bound.getsockname()
+        server.server_name, server.server_port = server.server_address
+        server.server_activate()
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

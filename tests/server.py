@@ -1,20 +1,26 @@
-"""A real server process on a real port."""
+"""A real server process on a real port, which the system chooses."""
 
 from __future__ import annotations
 
 import os
+import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
 
-START_WITHIN = 120  # seconds: test machines may be busy
+from tests.waiting import PATIENCE
+
+ROOT = Path(__file__).parents[1]
+SPEED = os.environ.get("TEST_VOTE_SPEED", "")  # fast or slow: tests/paced.py says what for
+COMMAND = ("-m", "carso.command", "serve")
+LISTENING = re.compile(r"(http://127\.0\.0\.1:\d+)")
 
 
 @dataclass(frozen=True)
@@ -24,11 +30,18 @@ class Server:
     process: subprocess.Popen[bytes]
 
     def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=60)
+        return httpx.Client(base_url=self.url, timeout=PATIENCE)
 
-    def connect(self, *, timeout: float) -> socket.socket:
+    def connect(self) -> socket.socket:
         address = httpx.URL(self.url)
-        return socket.create_connection((address.host, address.port), timeout=timeout)
+        return socket.create_connection((address.host, address.port), timeout=PATIENCE)
+
+    def metrics(self) -> str:
+        return httpx.get(f"{self.url}/metrics", timeout=PATIENCE).text
+
+    def leaves(self) -> int:
+        """Wait for its end; its exit status."""
+        return self.process.wait(PATIENCE)
 
 
 def environment(**settings: object) -> dict[str, str]:
@@ -37,39 +50,66 @@ def environment(**settings: object) -> dict[str, str]:
     return inherited | {f"CARSO_{name.upper()}": str(value) for name, value in settings.items()}
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def program(*, per_second: float = 0, failing: bool = False) -> tuple[str, ...]:
+    """Arguments of Python that start the service. With options, or at another vote speed: tests/paced.py has them."""
+    if not (per_second or failing or SPEED):
+        return COMMAND
+    asked = ["--speed", SPEED, "--per-second", str(per_second), *(["--failing"] if failing else [])]
+    return ("-m", "tests.paced", *asked, "serve")
 
 
 @contextmanager
 def serving(
-    bundle: Path, log: Path, *, program: Sequence[str] = ("-m", "carso.command", "serve"), **settings: object
+    bundle: Path, log: Path, *, per_second: float = 0, failing: bool = False, **settings: object
 ) -> Iterator[Server]:
-    """A server that is ready; it is stopped at the end. `program`: arguments of Python."""
-    port = free_port()
-    settings = {"bundle": bundle, "port": port, "device": "cpu", "threads": 1, **settings}
+    """A server that is ready; it is stopped at the end. `per_second` and `failing` are options of tests/paced.py."""
+    arguments = [sys.executable, *program(per_second=per_second, failing=failing)]
+    settings = {"bundle": bundle.absolute(), "port": 0, "device": "cpu", "threads": 1, **settings}
     with log.open("wb") as stderr:
-        process = subprocess.Popen([sys.executable, *program], env=environment(**settings), stderr=stderr)
-    server = Server(f"http://127.0.0.1:{port}", log, process)
+        process = subprocess.Popen(arguments, env=environment(**settings), stderr=stderr, cwd=ROOT)
     try:
-        _wait(server)
-        yield server
+        yield _ready(process, log)
     finally:
         process.terminate()
-        process.wait(30)
-
-
-def _wait(server: Server) -> None:
-    give_up = time.monotonic() + START_WITHIN
-    while time.monotonic() < give_up:
-        if server.process.poll() is not None:
-            break
         try:
-            if httpx.get(f"{server.url}/readyz").status_code == 200:
-                return
-        except httpx.TransportError:
-            pass
-        time.sleep(0.1)
-    raise RuntimeError(f"the server is not ready:\n{server.log.read_text()}")
+            process.wait(PATIENCE)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+
+def _ready(process: subprocess.Popen[bytes], log: Path) -> Server:
+    give_up = time.monotonic() + PATIENCE
+    while process.poll() is None and time.monotonic() < give_up:
+        with suppress(httpx.TransportError):
+            if (url := _address(process, log)) and httpx.get(f"{url}/readyz", timeout=PATIENCE).status_code == 200:
+                return Server(url, log, process)
+        time.sleep(0.02)
+    raise RuntimeError(f"the server is not ready:\n{log.read_text() if log.is_file() else log}")
+
+
+def _address(process: subprocess.Popen[bytes], log: Path) -> str | None:
+    """Where it listens; None: nowhere yet. As its log says; where that is no file, as the kernel does."""
+    if log.is_file():
+        told = LISTENING.search(log.read_text())
+        return told and told[1]
+    with suppress(FileNotFoundError):
+        inodes = {fd.readlink().name for fd in Path(f"/proc/{process.pid}/fd").iterdir() if fd.is_symlink()}
+        for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+            _, local, _, state, *_, inode = line.split()[:10]
+            if state == "0A" and f"socket:[{inode}]" in inodes:  # it listens
+                return f"http://127.0.0.1:{int(local.partition(':')[2], 16)}"
+    return None
+
+
+@contextmanager
+def silent_port() -> Iterator[socket.socket]:
+    """A socket on a port of its own that nobody listens on: connections are refused, and no other process gets it."""
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield bound
+
+
+def url_of(bound: socket.socket) -> str:
+    return f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 from carso.bundle import Bundle
 from carso.inference.admission import Admission, QueueFull
@@ -13,9 +14,10 @@ from carso.inference.jobs import Job, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
 
+from tests import calls
 from tests.bundles import SMALL, random_images, shared_bundle
-from tests.calls import as_png, sample
-from tests.server import serving
+from tests.calls import BATCH, as_npy, as_png, refused, sample, under_way
+from tests.waiting import comes_to
 
 ENDLESS = VotePlan(samples=2**60, risk=0, seed=1)
 
@@ -90,23 +92,20 @@ async def test_the_robust_path_may_be_full_while_the_fast_path_is_not():
         await engine.stop()
 
 
-def test_a_full_service_answers_429_with_a_time_to_come_back(tmp_path):
-    limits = {"max_images": 1, "max_samples": 100_000, "queue_rows": 100_001}
-    with serving(shared_bundle(SMALL), tmp_path / "log", **limits) as server, server.client() as client:
+def test_a_full_service_answers_429_with_a_time_to_come_back(endless_server, endless_client):
+    def shown(name: str) -> float:
+        return sample(endless_server.metrics(), name)
 
-        def ask(_):
-            return as_png("/classify", client, samples=100_000, risk=0)
+    def ask(_) -> httpx.Response:
+        return as_npy("/classify", endless_client, BATCH, **calls.ENDLESS)
 
-        with ThreadPoolExecutor(12) as pool:
-            answers = list(pool.map(ask, range(12)))
-        assert {answer.status_code for answer in answers} == {200, 429}
-        for answer in answers:
-            if answer.status_code == 429:
-                assert answer.json()["error"] == "overloaded"
-                assert 1 <= int(answer.headers["retry-after"]) <= 60
-        assert as_png("/classify", client).status_code == 200
-        page = client.get("/metrics").text
-    refused = sum(answer.status_code == 429 for answer in answers)
-    assert sample(page, 'carso_rejections_total{reason="overloaded"}') == refused
-    assert sample(page, 'carso_queue_rows{path="robust"}') == 0
-    assert sample(page, 'carso_queue_limit_rows{path="robust"}') == 100_001
+    rejections = 'carso_rejections_total{reason="overloaded"}'
+    before = shown(rejections)
+    with under_way(endless_server), ThreadPoolExecutor(12) as pool:
+        for answer in pool.map(ask, range(12)):
+            refused(answer, 429, "overloaded")
+            assert 1 <= int(answer.headers["retry-after"]) <= 60
+    assert as_png("/classify", endless_client).status_code == 200
+    comes_to(lambda: shown(rejections), before + 12)
+    comes_to(lambda: shown('carso_queue_rows{path="robust"}'), 0)
+    assert shown('carso_queue_limit_rows{path="robust"}') == 64 * 100_001

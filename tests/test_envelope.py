@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import socket
 import time
 
-import httpx
-import numpy as np
 import pytest
 
-from tests.calls import PNG, VALUES, as_npy, as_png, refused, sample
+from tests.calls import PNG, as_png, logged, refused, sample, under_way
+from tests.waiting import comes_to, eventually
 
 
 @pytest.mark.parametrize("given", ["abc-123", "A" * 128, "9f2545551c8df2285eebc280f7e4c295", "a:b.c_d"])
@@ -53,8 +50,7 @@ def test_a_body_over_the_limit_is_refused_whether_its_length_is_stated_or_not(st
 
 
 def test_a_stated_length_over_the_limit_is_refused_before_any_of_the_body_is_sent(strict_server):
-    address = httpx.URL(strict_server.url)
-    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+    with strict_server.connect() as connection:
         connection.sendall(
             b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99999999\r\n"
             b"Expect: 100-continue\r\n\r\n"
@@ -62,25 +58,22 @@ def test_a_stated_length_over_the_limit_is_refused_before_any_of_the_body_is_sen
         assert connection.recv(100).startswith(b"HTTP/1.1 413 ")
 
 
-def test_the_work_for_a_client_that_hangs_up_is_dropped(client, server):
-    def cancelled() -> float:
-        return sample(client.get("/metrics").text, 'carso_requests_total{code="499",endpoint="/classify"}')
+def test_the_work_for_a_client_that_hangs_up_is_dropped(endless_server):
+    def shown(name: str) -> float:
+        return sample(endless_server.metrics(), name)
 
-    before = cancelled()
-    with pytest.raises(httpx.ReadTimeout), httpx.Client(base_url=server.url, timeout=0.3) as impatient:
-        as_npy("/classify", impatient, np.repeat(VALUES, 21, axis=0), risk=0, samples=100_000)
-    give_up = time.monotonic() + 10
-    while cancelled() == before and time.monotonic() < give_up:
-        time.sleep(0.05)
-    assert cancelled() == before + 1
-    rounds = sample(client.get("/metrics").text, "carso_rounds_total")
-    time.sleep(0.5)
-    assert sample(client.get("/metrics").text, "carso_rounds_total") == rounds
+    gone, rounds = 'carso_requests_total{endpoint="/classify",status="499"}', "carso_rounds_total"
+    before = {name: shown(name) for name in (gone, rounds)}
+    with under_way(endless_server):
+        eventually(lambda: shown(rounds) > before[rounds])
+    comes_to(lambda: shown(gone), before[gone] + 1)
+    done = shown(rounds)
+    time.sleep(0.3)  # in which there would be some more
+    assert shown(rounds) == done
 
 
 def test_a_client_that_hangs_up_before_its_body_is_complete_disturbs_nothing(client, server):
-    address = httpx.URL(server.url)
-    with socket.create_connection((address.host, address.port), timeout=10) as connection:
+    with server.connect() as connection:
         connection.sendall(
             b"POST /classify HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 99\r\n\r\nxx"
         )
@@ -91,10 +84,8 @@ def test_every_request_has_one_line_of_json_in_the_log(client, server):
     response = client.post(
         "/classify?samples=9", content=PNG, headers={"content-type": "image/png", "x-request-id": "find-me"}
     )
-    time.sleep(0.2)
-    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
-    (line,) = [line for line in lines if line.get("request_id") == "find-me"]
-    assert (line["endpoint"], line["code"], line["images"]) == ("/classify", 200, 1)
+    (line,) = logged(server, "find-me")
+    assert (line["endpoint"], line["status"], line["images"]) == ("/classify", 200, 1)
     (prediction,) = response.json()["predictions"]
     assert (line["votes"], line["labels"]) == (prediction["votes"], [prediction["label"]])
     assert line["agree"] == int(prediction["agree"])
@@ -110,9 +101,7 @@ def test_probes_are_not_logged_and_a_trace_is_named(client, server):
         ("/info", f"00-{trace}-0000000000000000-01"),
         ("/info", "nonsense"),
     ):
-        client.get(path, headers={"traceparent": parent, "x-request-id": f"traced{path.replace('/', '-')}"})
-    time.sleep(0.2)
-    lines = [json.loads(line) for line in server.log.read_text().splitlines()]
-    traced = [line for line in lines if line.get("request_id", "").startswith("traced-")]
+        client.get(path, headers={"traceparent": parent, "x-request-id": "traced"})
+    traced = logged(server, "traced", lines=3)
     assert [line["endpoint"] for line in traced] == ["/info"] * 3
     assert [line.get("trace_id") for line in traced] == [trace, None, None]

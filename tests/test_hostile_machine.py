@@ -8,7 +8,8 @@ import pytest
 
 from tests.bundles import SMALL, copy_of, shared_bundle
 from tests.calls import as_png, sample
-from tests.server import serving
+from tests.server import Server, serving
+from tests.waiting import comes_to, eventually
 
 
 def test_nothing_is_written_but_the_log_and_that_may_fail(tmp_path, monkeypatch):
@@ -41,6 +42,11 @@ def faketime() -> Path | None:
     return next(iter(Path("/usr/lib").glob("*/faketime/libfaketime.so.1")), None)
 
 
+def years(server: Server) -> set[str]:
+    """In which the lines of the log were written."""
+    return {line.partition('"time":"')[2][:4] for line in server.log.read_text().splitlines() if '"time"' in line}
+
+
 @pytest.mark.skipif(faketime() is None, reason="needs Debian's faketime")
 @pytest.mark.parametrize("jump", ["+400d", "-400d"])
 def test_a_clock_that_jumps_disturbs_neither_answers_nor_measurements(tmp_path, monkeypatch, jump):
@@ -57,12 +63,12 @@ def test_a_clock_that_jumps_disturbs_neither_answers_nor_measurements(tmp_path, 
     with serving(shared_bundle(SMALL), tmp_path / "log") as server, server.client() as client:
         assert as_png("/classify", client).status_code == 200
         clock.write_text(jump)
-        answers = [as_png("/classify", client, deadline_ms=60_000) for _ in range(5)]
+        answers = [as_png("/classify", client, deadline_ms=600_000) for _ in range(5)]
         assert [answer.status_code for answer in answers] == [200] * 5
         assert all(answer.json()["predictions"][0]["complete"] for answer in answers)
-        assert all(0 <= answer.json()["timings"]["total_ms"] < 60_000 for answer in answers)
+        assert all(0 <= answer.json()["timings"]["total_ms"] < 86_400_000 for answer in answers)
         assert client.get("/livez").status_code == 200
-        page = client.get("/metrics").text
-        assert 0 < sample(page, 'carso_request_duration_seconds_sum{code="200",endpoint="/classify"}') < 600
-        years = {line.partition('"time":"')[2][:4] for line in server.log.read_text().splitlines() if '"time"' in line}
-        assert len(years) > 1  # so the clock did jump
+        name = 'carso_request_duration_seconds_{}{{endpoint="/classify",status="200"}}'
+        comes_to(lambda: sample(server.metrics(), name.format("count")), 6)
+        assert 0 < sample(server.metrics(), name.format("sum")) < 86_400  # a day, where the clock jumps by 400
+        eventually(lambda: len(years(server)) > 1)  # so the clock did jump

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import socket
-
 import pytest
 from carso import Client, RequestRefused
 from carso.errors import Unauthorized
@@ -13,6 +11,7 @@ from tests.bundles import SMALL, shared_bundle
 from tests.calls import PNG, as_png, refused, sample
 from tests.server import serving
 from tests.test_settings import start
+from tests.waiting import comes_to
 
 OLD, NEW = "old-key-0123456789", "bmV3/key+0123456789=="
 
@@ -42,7 +41,7 @@ def test_with_keys_only_probes_and_metrics_are_open(tmp_path, keys_file):
         assert "security" not in document["paths"]["/livez"]["get"]
         client.headers["authorization"] = f"Bearer {OLD}x"
         assert OLD not in refused(as_png("/classify", client), 401, "unauthorized")
-        assert sample(client.get("/metrics").text, 'carso_rejections_total{reason="unauthorized"}') == 7
+        comes_to(lambda: sample(server.metrics(), 'carso_rejections_total{reason="unauthorized"}'), 7)
     assert not any(key in log.read_text() for key in (OLD, NEW))
 
 
@@ -62,11 +61,10 @@ def test_the_client_sends_its_key_and_understands_answers_without_evidence(tmp_p
 
 def test_a_refused_body_is_not_read(tmp_path, keys_file):
     """The answer comes while the body is still on its way, as it never is complete."""
-    with serving(shared_bundle(SMALL), tmp_path / "log", api_keys_file=keys_file) as server:
-        port = int(server.url.rpartition(":")[2])
-        with socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
-            connection.sendall(b"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\nx")
-            assert connection.recv(100).startswith(b"HTTP/1.1 401")
+    log = tmp_path / "log"
+    with serving(shared_bundle(SMALL), log, api_keys_file=keys_file) as server, server.connect() as connection:
+        connection.sendall(b"POST /classify HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\nx")
+        assert connection.recv(100).startswith(b"HTTP/1.1 401")
 
 
 @pytest.mark.parametrize(

@@ -60,10 +60,10 @@ REFUSALS = [
 
 
 @pytest.mark.parametrize("path", PATHS)
-@pytest.mark.parametrize(("content_type", "body", "code", "error"), REFUSALS)
-def test_what_cannot_be_classified_is_refused_by_name(client, path, content_type, body, code, error):
+@pytest.mark.parametrize(("content_type", "body", "status", "error"), REFUSALS)
+def test_what_cannot_be_classified_is_refused_by_name(client, path, content_type, body, status, error):
     response = client.post(path, content=body, headers={"content-type": content_type})
-    assert refused(response, code, error)
+    assert refused(response, status, error)
 
 
 def test_a_body_without_a_media_type_is_refused(client):
@@ -132,10 +132,10 @@ def test_the_document_lists_every_option_with_its_range(document, path):
         assert list(options) == ["resize"]
 
 
-@pytest.mark.parametrize(("content_type", "body", "code", "error"), REFUSALS)
-def test_the_document_names_every_error(document, content_type, body, code, error):
+@pytest.mark.parametrize(("content_type", "body", "status", "error"), REFUSALS)
+def test_the_document_names_every_error(document, content_type, body, status, error):
     for path in PATHS:
-        response = document["paths"][path]["post"]["responses"][str(code)]
+        response = document["paths"][path]["post"]["responses"][str(status)]
         assert f"`{error}`" in response["description"]
         assert response["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/ErrorAnswer"}
 
