@@ -13,18 +13,18 @@ SHOWN = 80  # characters of a bad value that a message repeats: it may be megaby
 
 @cache  # models are few, and their schemas slow to make
 def allowed(model: type[BaseModel], field: str) -> str:
-    """Such as: an integer from 1 to 10000."""
+    """Return what a field allows, such as: an integer from 1 to 10000."""
     return _in_words(model.model_json_schema(by_alias=False)["properties"][field])
 
 
 def complaint(model: type[BaseModel], error: ErrorDetails) -> str:
-    """One sentence on a value that `model` refused: the value, and the allowed range."""
+    """Return one sentence on a value that `model` refused: the value, and the allowed range."""
     field = str(error["loc"][0])
     return f"{shown(error['input'])} is not allowed; it must be {allowed(model, field)}"
 
 
 def shown(value: object) -> str:
-    """A value as a message repeats it: its beginning, on one line."""
+    """Return a value as a message repeats it: its beginning, on one line."""
     text = repr(value)
     return text if len(text) <= SHOWN else text[: SHOWN - 3] + "..."
 

@@ -1,6 +1,6 @@
 """Request options: how many votes, which seed, which risk, until when.
 
-Given as query parameters, or in a JSON body beside `images`; both is fine as long as they agree.
+Callers give them as query parameters, or in a JSON body beside `images`, or both as long as they agree.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from carso.complaints import complaint, shown
 from carso.errors import ConflictingParameters, InvalidParameter, UnknownParameter
 
 MAX_DEADLINE_MS = 600_000
-MAX_PARAMETERS = 64  # of a query: what is wrong with each would be found out on the event loop
+MAX_PARAMETERS = 64  # of a query: each costs time to check
 
 
 class FastOptions(BaseModel):
-    """Of /classify/fast."""
+    """The options of /classify/fast."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -31,7 +31,7 @@ class FastOptions(BaseModel):
 
 
 class RobustOptions(FastOptions):
-    """Of /classify. `robust_options` puts in the defaults and limits of one service."""
+    """The options of /classify. `robust_options` puts in the defaults and limits of one service."""
 
     samples: int = Field(ge=1, description="Votes to count per image, at most.")
     seed: int | None = Field(
@@ -58,7 +58,7 @@ Options = TypeVar("Options", bound=FastOptions)
 
 
 def robust_options(*, samples: int, max_samples: int, risk: float) -> type[RobustOptions]:
-    """RobustOptions with the bundle's `samples` and the operator's `max_samples` and `risk`."""
+    """Return RobustOptions with the bundle's `samples`, and the operator's `max_samples` and `risk`."""
     fields = RobustOptions.model_fields
     return create_model(
         "RobustOptions",
@@ -69,7 +69,7 @@ def robust_options(*, samples: int, max_samples: int, risk: float) -> type[Robus
 
 
 def parse(model: type[Options], query: bytes, body: dict[str, Any]) -> Options:
-    """The options in a query string and in a JSON body (without its `images`).
+    """Return the options in a query string and in a JSON body (without its `images`).
 
     Raises UnknownParameter, InvalidParameter, ConflictingParameters.
     """

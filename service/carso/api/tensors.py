@@ -1,4 +1,4 @@
-"""Tensors of the Open Inference Protocol's HTTP form: read from requests, written to responses.
+"""Tensors in the HTTP form of the Open Inference Protocol: read from requests, written to responses.
 
 A tensor's values are in the JSON, or in binary form behind it, in the order of the tensors; the header
 Inference-Header-Content-Length then says where the JSON ends. Sources: the protocol
@@ -108,7 +108,7 @@ def parse(data: bytes, json_size: str | None, *, max_images: int, max_values: in
     """
     if json_size is not None and not (json_size.isdecimal() and len(json_size) < 20 and int(json_size) <= len(data)):
         raise InvalidTensor(
-            f"Inference-Header-Content-Length {shown(json_size)} is no number from 0 to {len(data)}, the body's size"
+            f"Inference-Header-Content-Length {shown(json_size)} is not a number from 0 to {len(data)}, the body's size"
         )
     size = len(data) if json_size is None else int(json_size)
     content = json_values.parse(data[:size], max_values=max_values)

@@ -1,4 +1,4 @@
-"""Ending the work for a client that has hung up."""
+"""End the work for a client that has hung up."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ WATCH_AFTER = 0.1  # seconds
 
 
 class WhileConnected:
-    """`async with WhileConnected(receive)`: if the client hangs up, what is awaited inside is cancelled, and ClientGone
-    is raised. To be entered after the body was read to its end; as asyncio.timeout, with the client for a clock.
+    """Cancels what is awaited inside `async with WhileConnected(receive)` if the client hangs up; raises ClientGone.
+
+    Enter it after the body was read to its end. It works like asyncio.timeout, with the client for a clock.
     """
 
     def __init__(self, receive: Receive) -> None:

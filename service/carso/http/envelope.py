@@ -1,7 +1,7 @@
 """What surrounds every request: its id, the API key, limits on its body, headers, errors, its metrics and its line in
 the log.
 
-Pure ASGI, so that the application below sees the client hang up, and no body is held that is over the limit.
+This is pure ASGI middleware. So the application below sees the client hang up, and no body beyond the limit is held.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[
 
 PAGES = frozenset(("/docs",))  # meant for browsers; it draws its scripts and styles from elsewhere
 
-# Bytes of a body that is not counted among those in flight: uvicorn takes as much of each unasked, and whoever fills
-# the budget with large ones, or with promises of them, does not stand in the way of those who send one image.
+# A body of at most so many bytes is not counted among those in flight. uvicorn reads as much of each unasked. And a
+# caller who fills the budget with large bodies, or announces them, does not block those who send one image.
 SMALL_BODY = 64 * 2**10
 
 _HEADERS = (
@@ -45,7 +45,7 @@ _NO_CONTENT = (b"content-security-policy", b"default-src 'none'; frame-ancestors
 
 
 class Envelope:
-    """ASGI middleware; the application under it is expected to turn its errors into answers by `refuse`."""
+    """ASGI middleware. The application below turns its errors into answers by `refusals.refuse`."""
 
     def __init__(
         self,
@@ -59,8 +59,8 @@ class Envelope:
         metrics: Metrics,
         lifecycle: Lifecycle,
     ) -> None:
-        """`bodies_bytes`: of all requests in flight. `receive_timeout`: seconds for a body. `endpoints`: the paths
-        that metrics name; all others are counted as one, or callers could invent labels.
+        """`bodies_bytes` bounds the bodies of all requests in flight; `receive_timeout` is in seconds, for one body.
+        Metrics name the paths in `endpoints` and count all others as one, or callers could invent labels.
         """
         self._app = app
         self._max_body_bytes = max_body_bytes
@@ -109,10 +109,10 @@ class Envelope:
             _account(self._metrics, exchange, endpoint=endpoint, method=scope["method"], level=level)
 
     def _limited(self, receive: Receive, headers: dict[bytes, bytes], exchange: Exchange) -> Receive:
-        """`receive` that takes no more of a body than it may have, and waits for it no longer than it may take.
+        """Return a `receive` that takes no more of a body than is allowed, and waits no longer for it than is allowed.
 
-        It raises BodyTooLarge and Overloaded before a byte is taken if the client states the size, else on the way;
-        RequestTimeout; UnsupportedMediaType for a compressed body.
+        It raises BodyTooLarge and Overloaded before a byte is taken if the client states the size, and otherwise on
+        the way; RequestTimeout; and UnsupportedMediaType for a compressed body.
         """
         limit = self._max_body_bytes
         length = headers.get(b"content-length", b"")
@@ -127,10 +127,10 @@ class Envelope:
             if whole:
                 return await receive()
             if stated > limit:
-                raise BodyTooLarge(f"the body has {stated} bytes, at most {limit} are taken: send several requests")
+                raise BodyTooLarge(f"the body has {stated} bytes, at most {limit} are allowed: send several requests")
             if coding.lower() != b"identity":
                 raise UnsupportedMediaType(
-                    f"Content-Encoding {shown(coding.decode('latin-1'))} is not read: send it plain"
+                    f"Content-Encoding {shown(coding.decode('latin-1'))} is not supported: send the body uncompressed"
                 )
             self._hold(exchange, stated)
             try:
@@ -138,13 +138,13 @@ class Envelope:
                     message = await receive()
             except TimeoutError:
                 raise RequestTimeout(
-                    f"{taken} bytes of the body came within {self._receive_timeout:g} s, and not the end: send it "
-                    "faster, or a smaller one"
+                    f"{taken} bytes of the body came within {self._receive_timeout:g} s, and not its end: send it "
+                    "faster, or send a smaller one"
                 ) from None
             whole = message["type"] != "http.request" or not message.get("more_body", False)
             taken += len(message.get("body", b""))
             if taken > limit:
-                raise BodyTooLarge(f"the body has more than the {limit} bytes that are taken: send several requests")
+                raise BodyTooLarge(f"the body has more than the {limit} bytes that are allowed: send several requests")
             self._hold(exchange, taken)
             return message
 
@@ -166,7 +166,7 @@ class Envelope:
 
 
 def unread(metrics: Metrics, error: RequestError) -> bytes:
-    """The whole answer to what the HTTP parser refuses, which is counted and logged as any other."""
+    """Return the whole answer to what the HTTP parser refuses; it is counted and logged like any other."""
     exchange = Exchange(request_id=_request_id(b""), status=STATUS[type(error)], error=error.name)
     response = answer(error, exchange.request_id)
     headers = (*response.raw_headers, *_HEADERS, _NO_CONTENT, (b"x-request-id", exchange.request_id.encode()))
@@ -194,12 +194,12 @@ def _account(metrics: Metrics, exchange: Exchange, *, endpoint: str, method: str
 
 
 def _request_id(given: bytes) -> str:
-    """The caller's, if it is well-formed and not long; else a fresh one, which need be no secret."""
+    """Return the caller's id if it is well-formed and not long, else a fresh one, which need not be secret."""
     return given.decode() if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
 def _with_headers(send: Send, exchange: Exchange, *, path: str, closing: bool) -> Send:
-    """`closing`: tell the client to use another connection next time."""
+    """Return a `send` that adds the headers of every answer. `closing` asks the client for a new connection then."""
 
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":

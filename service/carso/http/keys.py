@@ -1,4 +1,4 @@
-"""API keys: who may use the service at all."""
+"""API keys: who may use the service."""
 
 from __future__ import annotations
 
@@ -10,19 +10,20 @@ from pathlib import Path
 
 from carso.errors import Unauthorized
 
-SHORTEST = 16  # characters: a key is guessed at as often as requests can be sent
+SHORTEST = 16  # characters: an attacker guesses as often as requests can be sent
 _TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")  # what a bearer token may hold (RFC 6750)
 _BEARER = re.compile(rb"bearer +([A-Za-z0-9._~+/=-]{1,1024}) *", re.IGNORECASE)
 
 
 class BadKeys(Exception):  # noqa: N818  of the file, not of the program
-    """A file of keys that cannot be used. The message never shows a key."""
+    """A file of keys cannot be used. The message never shows a key."""
 
 
 class ApiKeys:
-    """Keys of which any one opens the service; several at once, so that they can be rotated.
+    """A set of keys, each of which opens the service. There may be several, so that they can be rotated.
 
-    Only their SHA-256 is kept. All are compared, each in constant time: how long a refusal takes says nothing of any.
+    Only their SHA-256 digests are kept. All are compared, each in constant time, so that the time of a refusal tells
+    nothing about any key.
     """
 
     def __init__(self, keys: Iterable[str]) -> None:
@@ -30,7 +31,7 @@ class ApiKeys:
 
     @classmethod
     def read(cls, path: Path) -> ApiKeys:
-        """One key a line; empty lines and those that begin with # are not keys. Raises BadKeys."""
+        """Read a file of one key per line; empty lines and lines that begin with # are skipped. Raises BadKeys."""
         try:
             lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
         except (OSError, UnicodeDecodeError) as e:
@@ -41,7 +42,7 @@ class ApiKeys:
         for number, key in keys.items():
             if len(key) < SHORTEST or not _TOKEN.fullmatch(key):
                 raise BadKeys(
-                    f"line {number} of {path} is no key: a key has {SHORTEST} or more of the characters "
+                    f"line {number} of {path} is not a key: a key has {SHORTEST} or more of the characters "
                     "A-Z a-z 0-9 . _ ~ + / = -, as `openssl rand -base64 32` makes them"
                 )
         return cls(keys.values())

@@ -1,5 +1,5 @@
-"""Uvicorn's HTTP protocol, which by itself waits for a request without end, holds heads and trailers of any size, and
-answers what it cannot read in a form of its own.
+"""Uvicorn's HTTP protocol, bounded. By itself it waits for a request without end, holds heads and trailers of any size,
+and answers what it cannot read in a form of its own.
 """
 
 from __future__ import annotations
@@ -13,13 +13,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from carso.errors import HeadTooLarge, MalformedRequest, RequestError
 
 HEAD_BYTES = 64 * 2**10  # request line and headers; nginx takes 32 KiB, Apache 8 KiB a line
-GRACE = 1.0  # seconds after which a body's end is no longer waited for, more than the application waits: it answers 408
+GRACE = 1.0  # seconds to wait for a body's end longer than the application does, which then answers 408
 
 
 def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> type[HttpToolsProtocol]:
-    """The protocol, which gives a client so many seconds for a request's head, and as many for its body.
+    """Return the protocol. It gives a client `receive_timeout` seconds for a request's head, and as many for its body.
 
-    `unread` makes the whole answer to what is refused here, before the application gets to see it.
+    `unread` makes the whole answer to what is refused here, before the application sees it.
     """
 
     class Bounded(HttpToolsProtocol):
@@ -76,7 +76,7 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            self._refuse(MalformedRequest("this is no HTTP/1.1 request: use an HTTP client"))
+            self._refuse(MalformedRequest("this is not an HTTP/1.1 request: use an HTTP client"))
 
         def _refuse(self, error: RequestError) -> None:
             answer = unread(error)
@@ -88,7 +88,7 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
             self._seconds, self._timed = seconds, False
 
         def _close_after(self, seconds: float | None) -> None:
-            """None: no longer."""
+            """Close the connection in so many seconds; None: stop the timer."""
             self._timed = True
             if self._timer is not None:
                 self._timer.cancel()

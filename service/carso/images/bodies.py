@@ -1,4 +1,4 @@
-"""The body of a request -> image sources, and the options that a JSON body carries beside them."""
+"""Take the body of a request apart: into image sources, and the options that a JSON body carries beside them."""
 
 from __future__ import annotations
 
@@ -31,9 +31,10 @@ class Body:
 
 
 def parse(content_type: str, data: bytes, *, max_images: int, max_values: int) -> Body:
-    """Take a body apart without decoding any image. `max_values`: see json_values.
+    """Take a body apart without decoding any image. At most `max_images` are allowed, and `max_values` in JSON.
 
-    Raises UnsupportedMediaType and the errors of each format: see the module of each.
+    Raises UnsupportedMediaType, MissingImages, EmptyBatch, TooManyImages, UndecodableBase64, and the errors of
+    json_values.parse, npy.parse and multipart.parse.
     """
     media_type = content_type.partition(";")[0].strip().lower()
     if media_type in _RAW:
@@ -45,7 +46,7 @@ def parse(content_type: str, data: bytes, *, max_images: int, max_values: int) -
     if media_type == MULTIPART:
         return Body(list(multipart.parse(content_type, data, max_files=max_images)))
     raise UnsupportedMediaType(
-        f"Content-Type {shown(media_type)} is not read here: send one of {', '.join(MEDIA_TYPES)}"
+        f"Content-Type {shown(media_type)} is not supported: send one of {', '.join(MEDIA_TYPES)}"
         if media_type
         else f"the request has no Content-Type: send one of {', '.join(MEDIA_TYPES)}"
     )
@@ -60,7 +61,7 @@ def _json(data: bytes, *, max_images: int, max_values: int) -> Body:
     if not images:
         raise EmptyBatch("images is empty: send at least one")
     if len(images) > max_images:
-        raise TooManyImages(f"images holds {len(images)}, at most {max_images} are taken: send several requests")
+        raise TooManyImages(f"images holds {len(images)}, at most {max_images} are allowed: send several requests")
     return Body([_base64(entry, i) if isinstance(entry, str) else entry for i, entry in enumerate(images)], content)
 
 

@@ -1,8 +1,8 @@
-"""Encoded image -> pixels.
+"""Decode encoded images to pixels.
 
-PNG, JPEG, WebP and BMP are read, whatever the declared type says: the bytes decide. These are what cameras, browsers,
-drawing programs and scanners write, one picture per file. Every decoder more is attack surface, so GIF and TIFF, whose
-files hold several pictures, and Pillow's fifty other formats stay closed.
+PNG, JPEG, WebP and BMP are read. The bytes decide which it is, not the declared type. Cameras, browsers, drawing
+programs and scanners write these formats, with one picture per file. Every further decoder is attack surface. So GIF
+and TIFF, whose files hold several pictures, and Pillow's fifty other formats are not read.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ from carso.errors import AnimatedImage, TooManyPixels, TransparentImage, Undecod
 
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 
-# Of one JPEG: each scan goes over all pixels once more, whatever few bytes it has (4 ms at 2048 x 2048), and Pillow
-# copies all that it has read of the Exif data at each further segment. Encoders write 10 scans at most and 1 segment;
-# thumbnails and previews in the same file have their own.
+# Scans, and Exif segments, of one JPEG. Each scan goes over all pixels once more, however few bytes it has (4 ms at
+# 2048 x 2048). At each further Exif segment, Pillow copies all Exif data read so far. Encoders write at most 10
+# scans and 1 segment; thumbnails and previews in the same file have their own.
 MAX_SCANS = 64
-# Of one file: Pillow takes it apart in Python, at 1 to 2 microseconds a piece, and 8 MiB may be millions of pieces, all
-# empty. An honest image of 2048 x 2048 pixels has some thousands.
+# Pieces of one file. Pillow takes a file apart in Python, at 1 to 2 microseconds a piece, and 8 MiB may be millions of
+# empty pieces. An honest image of 2048 x 2048 pixels has some thousands.
 MAX_READS = 2**16
 
 
 class _Bounded(io.BytesIO):
-    """A file that can be read only so often."""
+    """A file that can be read at most MAX_READS times. Raises RuntimeError beyond that."""
 
     reads = 0
 
@@ -44,26 +44,26 @@ class _Bounded(io.BytesIO):
 
 
 def opened(data: bytes) -> Image.Image:
-    """The image with its header read and no pixel decoded: `size` is (width, height).
+    """Open an image: its header is read and no pixel is decoded. Its `size` is (width, height).
 
-    Raises UndecodableImage, AnimatedImage, and TooManyPixels beyond Pillow's own limit, which is above any of ours.
+    Raises UndecodableImage and AnimatedImage. Raises TooManyPixels beyond Pillow's own limit, which is above ours.
     """
     _check_scans(data)
     try:
-        # a smaller file has fewer pieces than that anyway, and each read would take twice as long
+        # a smaller file has fewer pieces anyway, and counting makes each read take twice as long
         file = _Bounded(data) if len(data) > MAX_READS else io.BytesIO(data)
         image = Image.open(file, formats=FORMATS)
     except UnidentifiedImageError:
         raise UndecodableImage(
-            f"these {len(data)} bytes are no image that is read here: send PNG, JPEG, WebP or BMP"
+            f"these {len(data)} bytes are not an image in a supported format: send PNG, JPEG, WebP or BMP"
         ) from None
     except Image.DecompressionBombError as e:
         raise TooManyPixels(f"{e}: scale the image down") from None
-    except Exception as e:  # decoders raise whatever comes on hostile bytes: there is no closed list
-        raise UndecodableImage(f"the image's header cannot be read ({e}): send a sound file") from None
+    except Exception as e:  # decoders raise errors of any kind on hostile bytes: there is no closed list
+        raise UndecodableImage(f"the image's header cannot be read ({e}): send an intact file") from None
     if not _whole(image, data):
         raise UndecodableImage(f"the {image.format} file of {len(data)} bytes is truncated: send all of it")
-    # a photo in MPO form is a JPEG with previews after the picture itself: its first frame is the picture
+    # a photo in MPO format is a JPEG with previews after the picture itself: its first frame is the picture
     if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
         raise AnimatedImage(f"the file holds {getattr(image, 'n_frames', 1)} frames: send one of them")
     return image
@@ -74,11 +74,11 @@ def _check_scans(data: bytes) -> None:
         return
     for what, mark in (("scans", b"\xff\xda"), ("Exif segments", b"Exif\0\0")):
         if (found := data.count(mark)) > MAX_SCANS:
-            raise UndecodableImage(f"the JPEG file has {found} {what}, at most {MAX_SCANS} are read: save it anew")
+            raise UndecodableImage(f"the JPEG file has {found} {what}, at most {MAX_SCANS} are allowed: save it again")
 
 
 def _whole(image: Image.Image, data: bytes) -> bool:
-    """Whether the end of the file is there, as far as Pillow would not miss it: it fills up some of what is missing."""
+    """Return whether the end of the file is there. Pillow does not always tell: it fills up some of what is missing."""
     match image.format:
         case "PNG":
             return b"IEND\xae\x42\x60\x82" in data
@@ -90,11 +90,14 @@ def _whole(image: Image.Image, data: bytes) -> bool:
 
 
 def pixels(image: Image.Image, *, channels: int) -> np.ndarray:
-    """[channels, H, W] uint8 or, of 16-bit grey images, uint16; grey for 1 channel (ITU-R 601 luma), RGB for 3.
+    """Decode to [channels, H, W] uint8, or uint16 for 16-bit grey images.
 
-    The EXIF orientation is applied; colour profiles are not. 16-bit colour is read to 8 bits. Raises UndecodableImage,
-    and TransparentImage unless every pixel is opaque: what a transparent pixel shows is decided by a background which
-    the service does not have, and an image that one viewer sees on white and another on black is a way to deceive both.
+    1 channel is grey (ITU-R 601 luma), 3 are RGB. The EXIF orientation is applied; colour profiles are not. 16-bit
+    colour is read to 8 bits.
+
+    Raises UndecodableImage, and TransparentImage unless every pixel is opaque. What a transparent pixel shows depends
+    on a background, which the service does not have. An image that one viewer sees on white and another on black is a
+    way to deceive both.
     """
     try:
         image.load()
@@ -110,9 +113,9 @@ def pixels(image: Image.Image, *, channels: int) -> np.ndarray:
             image = image.convert(mode)
         array = np.asarray(image)
     except Exception as e:  # as above
-        raise UndecodableImage(f"the {image.format} file is damaged or truncated ({e}): send a sound file") from None
+        raise UndecodableImage(f"the {image.format} file is damaged or truncated ({e}): send an intact file") from None
     if not opaque:
-        raise TransparentImage("some pixels are transparent: put the image on the background it is meant to be seen on")
+        raise TransparentImage("some pixels are transparent: put the image on the background that it is meant for")
     if grey16:
         array = array.astype(np.uint16)
     if array.ndim == 3:
@@ -126,5 +129,5 @@ def _opaque(image: Image.Image) -> bool:
 
 
 def _opaque_16_bit(image: Image.Image) -> bool:
-    """16-bit grey has no alpha channel in Pillow, only the one value that is transparent."""
+    """Tell whether no pixel is transparent. In Pillow, 16-bit grey has one transparent value and no alpha channel."""
     return not bool((np.asarray(image) == image.info["transparency"]).any())

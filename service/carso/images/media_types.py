@@ -1,4 +1,4 @@
-"""The bodies that are read, by their Content-Type."""
+"""The Content-Types of the bodies that the service reads."""
 
 IMAGE_TYPES = ("image/png", "image/jpeg", "image/webp", "image/bmp")
 IMAGE_ALIASES = ("image/jpg", "image/x-ms-bmp", "image/x-png")

@@ -1,7 +1,7 @@
-"""A multipart/form-data body -> the files in its field `file`.
+"""Parse a multipart/form-data body to the files in its field `file`.
 
-In memory, where the body already is within its limit: Starlette's own form parser would spool large parts to a disk
-that may be read-only or full.
+The files stay in memory, where the body already is, within its limit. Starlette's own form parser would write large
+parts to a disk, which may be read-only or full.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FIELD = "file"
 
 @dataclass(eq=False)
 class _Parts:
-    """Collects what the parser finds."""
+    """What the parser has found so far."""
 
     max_files: int
     files: list[bytes] = field(default_factory=list)
@@ -79,7 +79,7 @@ class _Parts:
 
 
 def parse(content_type: str, data: bytes, *, max_files: int) -> list[bytes]:
-    """The content of each part, in order.
+    """Return the content of each part, in order.
 
     Raises UndecodableMultipart, UnexpectedPart, TooManyImages, EmptyBatch.
     """
@@ -95,5 +95,5 @@ def parse(content_type: str, data: bytes, *, max_files: int) -> list[bytes]:
     if not parts.complete:
         raise UndecodableMultipart("the multipart body ends before its last boundary: send all of it")
     if not parts.files:
-        raise EmptyBatch(f"the body holds no part: send one or more images in the field {FIELD!r}")
+        raise EmptyBatch(f"the body has no parts: send one or more images in the field {FIELD!r}")
     return parts.files

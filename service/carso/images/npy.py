@@ -1,4 +1,7 @@
-"""A .npy file -> array, from its header and its bytes alone: nothing is unpickled or allocated on the header's word."""
+"""Parse a .npy file to an array, from its header and its bytes alone.
+
+Nothing is unpickled, and nothing is allocated because the header says so.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ DTYPES = ("uint8", "float16", "float32", "float64")
 
 
 def parse(data: bytes) -> np.ndarray:
-    """The array, read-only, as one of DTYPES in native byte order.
+    """Return the array, read-only, as one of DTYPES in native byte order.
 
     Raises UndecodableNpy, ObjectArray, UnsupportedDtype.
     """
@@ -36,8 +39,8 @@ def parse(data: bytes) -> np.ndarray:
     found, due = len(data) - file.tell(), prod(shape) * dtype.itemsize
     if found != due or min(shape, default=0) < 0:
         raise UndecodableNpy(
-            f"the header promises shape {shape} of {dtype}, {due} bytes; {found} follow it: the file is truncated or "
-            "something comes after its end"
+            f"the header promises shape {shape} of {dtype}, which is {due} bytes, but {found} bytes follow it: send "
+            "the whole file, and nothing after it"
         )
     array = np.frombuffer(data, dtype, offset=file.tell()).reshape(shape, order="F" if fortran_order else "C")
     return array.astype(dtype.newbyteorder("="), copy=False)

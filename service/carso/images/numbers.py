@@ -1,4 +1,4 @@
-"""What one image, or several, of a request may be before it is read; and nested lists of numbers as an array."""
+"""The sources of images, before they are read, and how nested lists of numbers become an array."""
 
 from __future__ import annotations
 

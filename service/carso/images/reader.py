@@ -1,13 +1,13 @@
-"""Image sources -> the array that the pipeline takes: shape, values and limits are checked here.
+"""Read image sources into the array that the pipeline takes, and check shape, values and limits.
 
-What a source may be, for a bundle of C channels:
+For a bundle of C channels, a source may be:
 
     encoded image (bytes)      one image; made grey or RGB as C asks, scaled to the bundle's range
     nested numbers (list)      one image [C, H, W], or [H, W] if C = 1; values in the bundle's range
     .npy (array), C = 1        [H, W] and [1, H, W] one image; [N, H, W] and [N, 1, H, W] a batch
     .npy (array), C = 3        [3, H, W] one image; [N, 3, H, W] a batch
 
-Floating-point arrays hold values in the bundle's range; uint8 ones are scaled to it from 0..255.
+Floating-point arrays have values in the bundle's range. uint8 arrays are scaled to it from 0..255.
 """
 
 from __future__ import annotations
@@ -39,15 +39,16 @@ class Reader:
         self.spec = spec
         self.max_images = max_images
         self.max_pixels = max_pixels
-        self._scaled: dict[np.dtype[Any], np.ndarray] = {  # the float of each integer pixel
+        self._scaled: dict[np.dtype[Any], np.ndarray] = {  # the float value of each integer pixel value
             np.dtype(kind): (spec.low + (spec.high - spec.low) * (np.arange(top + 1) / top)).astype(np.float32)
             for kind, top in ((np.uint8, 255), (np.uint16, 65535))
         }
 
     def read(self, sources: Sequence[Source], *, resize: bool) -> np.ndarray:
-        """[N, *shape] float32 in the bundle's range.
+        """Return the images of all sources, [N, *shape] float32 in the bundle's range.
 
-        Raises the errors of carso.errors that speak of images; with several sources, the message says which.
+        `resize`: scale images of another height and width, instead of refusing them. Raises the errors of carso.errors
+        about images. With several sources, the message says which one is at fault.
         """
         pixels_left = self.max_pixels
         parts: list[np.ndarray] = []
@@ -64,12 +65,12 @@ class Reader:
         return parts[0] if len(parts) == 1 else np.concatenate(parts)
 
     def _encoded(self, data: bytes, *, resize: bool, pixels_left: int) -> tuple[np.ndarray, int]:
-        """[1, C, H, W] float32, and how many pixels were decoded for it; nothing is decoded that would be refused."""
+        """Return [1, C, H, W] float32, and how many pixels were decoded. Nothing is decoded that would be refused."""
         image = encoded.opened(data)
         width, height = image.size
         if width * height > pixels_left:
             raise TooManyPixels(
-                f"{width} x {height} pixels; the encoded images of one request may hold {self.max_pixels} together: "
+                f"{width} x {height} pixels; the encoded images of one request may have {self.max_pixels} together: "
                 "scale them down, or send them in several requests"
             )
         channels, *size = self.spec.shape
@@ -79,13 +80,13 @@ class Reader:
         return self._scaled[array.dtype][array[None]], width * height
 
     def _numbers(self, source: Source) -> np.ndarray:
-        """[N, C, H, W] float32 in the bundle's range."""
+        """Return [N, C, H, W] float32 in the bundle's range."""
         array = source if isinstance(source, np.ndarray) else from_lists(source)
         if not array.size:
-            raise EmptyBatch(f"an array of shape {list(array.shape)} holds no pixel")
+            raise EmptyBatch(f"an array of shape {list(array.shape)} has no pixels: send at least one image")
         batch = self._as_batch(array, several=isinstance(source, np.ndarray))
         if len(batch) > self.max_images:
-            raise TooManyImages(f"{len(batch)} images, at most {self.max_images} are taken: send several requests")
+            raise TooManyImages(f"{len(batch)} images, at most {self.max_images} are allowed: send several requests")
         if array.dtype == np.uint8:
             scaled: np.ndarray = self._scaled[array.dtype][batch]
             return scaled
@@ -93,7 +94,7 @@ class Reader:
         return batch.astype(np.float32)
 
     def _as_batch(self, array: np.ndarray, *, several: bool) -> np.ndarray:
-        """A view of `array` as [N, C, H, W]; N may be other than 1 if `several`."""
+        """Return a view of `array` as [N, C, H, W]. N may be other than 1 only if `several`. Raises WrongShape."""
         channels = self.spec.shape[0]
         if array.ndim == 2 and channels == 1:
             return array[None, None]
@@ -110,11 +111,11 @@ class Reader:
         if self.spec.low <= least and most <= self.spec.high:
             return
         if not np.isfinite(batch).all():
-            raise NotFinite("there is NaN or infinity among the values: send finite numbers")
+            raise NotFinite("the values include NaN or infinity: send finite numbers")
         bad = least if least < self.spec.low else most
         raise OutOfRange(
-            f"there is a value {bad:g}, and this bundle takes [{self.spec.low:g}, {self.spec.high:g}]: scale the "
-            "values, or send uint8 as .npy or an encoded image, which are scaled here"
+            f"the value {bad:g} is outside the range of this bundle, [{self.spec.low:g}, {self.spec.high:g}]: scale "
+            "the values, or send uint8 as .npy or an encoded image, which the service scales"
         )
 
     def _fitting(self, batch: np.ndarray, *, resize: bool) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Scaling of images to the size that a bundle takes."""
+"""Scale images to the size that a bundle takes."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from PIL import Image
 
 
 def resized(image: np.ndarray, *, height: int, width: int) -> np.ndarray:
-    """[C, h, w] float32 -> [C, height, width] float32, without keeping proportions.
+    """Scale [C, h, w] float32 to [C, height, width] float32, without keeping proportions.
 
-    Bilinear, with its support widened when it shrinks, so that no pixel is skipped.
+    The interpolation is bilinear. When it shrinks an image, its support is widened so that no pixel is skipped.
     """
     return np.stack(
         [

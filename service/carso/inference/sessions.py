@@ -21,22 +21,24 @@ from carso.inference.processors import usable_cpus
 
 log = logging.getLogger(__name__)
 
-# How far a sound copy of the graphs may stray from the known answers: float32 kernels of another processor sum in
-# another order, and a vote may then fall the other way where two classes are all but equal.
+# How far an intact copy of the graphs may differ from the known answers. float32 kernels of another processor sum in
+# another order, and a vote between two almost equal classes may then fall the other way.
 SCORE_TOLERANCE = 1e-3
 VOTE_TOLERANCE: dict[Precision, float] = {"float32": 0.02, "int8": 0.10}
 
-# On CUDA every new shape makes the arena grow and kernels be chosen anew, so batches are padded to a few fixed sizes,
-# each run once at start. On the CPU padding would only cost, and so would binding.
+# On CUDA, every new shape makes the arena grow and kernels be chosen again. So batches are padded to a few fixed sizes,
+# each of which is run once at the start. On the CPU padding would only cost, and so would binding.
 CUDA_BUCKETS = (32, 128, 512, 2048, 8192)
 
 
 class DeviceError(Exception):
-    """The device that was asked for is not to be had, or what runs on it gives wrong answers."""
+    """The device that was asked for is not available, or what runs on it gives wrong answers."""
 
 
 @dataclass(frozen=True)
 class FirstPass:
+    """The outputs of the first pass for B images."""
+
     probabilities: np.ndarray  # [B, classes] float32, the fast path's answer
     codes: np.ndarray  # [B, code] float32, compressed representations
 
@@ -58,10 +60,10 @@ class Sessions:
     ) -> None:
         """Build and self-test both sessions.
 
-        `precision`: of the votes; first passes are float32 always. `threads`: of ONNX Runtime on the CPU; None: as many
-        as this process may use. `spin`: whether its idle threads burn their cores for a shorter wake-up. `buckets`:
-        batch sizes to pad to, ascending; larger batches run as they are; None: CUDA_BUCKETS on CUDA, none on the CPU.
-        Raises DeviceError.
+        `precision` is that of the votes; first passes are always float32. `threads` is how many threads ONNX Runtime
+        uses on the CPU; None: one for each processor that this process may use. With `spin`, idle threads keep their
+        processors busy for a shorter wake-up. `buckets` are the batch sizes to pad to, ascending; larger batches run as
+        they are; None: CUDA_BUCKETS on CUDA, none on the CPU. Raises DeviceError.
         """
         # a first pass is too small to share out: waking a second thread takes longer
         first_pass = _build(FIRST_PASS, bundle.first_pass, device, _options(threads=1, spin=spin))
@@ -81,21 +83,25 @@ class Sessions:
             raise
         except Exception as e:  # ONNX Runtime has a class per status code, and no base of them
             raise DeviceError(
-                f"the graphs of bundle {bundle.folder} do not run on {self.provider}: {e}. Export the bundle anew, or "
+                f"the graphs of bundle {bundle.folder} do not run on {self.provider}: {e}. Export the bundle again, or "
                 "look at the device's memory and libraries."
             ) from e
 
     def first_pass(self, images: np.ndarray) -> FirstPass:
-        """[B, *shape] float32 in the bundle's value range -> class probabilities and codes."""
+        """Run the first pass on `images` [B, *shape] float32 in the bundle's value range."""
         found = self._first_pass.run(("probabilities", "codes"), {"images": images})
         return FirstPass(*(array[: len(images)] for array in found))
 
     def vote(self, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
-        """Codes [M, code], which of them each vote uses [R] int64, latents [R, latent] -> classes [R] int64."""
+        """Cast R votes and return their classes [R] int64.
+
+        `codes` [M, code] float32 are those of M images; vote r uses ``codes[code_index[r]]``, with `code_index` [R]
+        int64, and the latent ``latents[r]``, with `latents` [R, latent] float32.
+        """
         return self._second_pass("votes", codes, code_index, latents)
 
     def purify(self, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
-        """As `vote`, but the purified images [R, *shape] in the bundle's value range."""
+        """Return the purified images [R, *shape] float32, in the bundle's value range, that `vote` would classify."""
         return self._second_pass("purified", codes, code_index, latents)
 
     def _second_pass(self, output: str, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
@@ -196,7 +202,7 @@ def _int8_graph(bundle: Bundle, *, provider: str) -> bytes:
         raise DeviceError(f"int8 votes run on the CPU, not on {provider}: set CARSO_PRECISION=float32")
     if bundle.vote_int8 is None:
         raise DeviceError(
-            f"bundle {bundle.folder} has no {VOTE_INT8}: set CARSO_PRECISION=float32, or export the bundle anew"
+            f"bundle {bundle.folder} has no {VOTE_INT8}: set CARSO_PRECISION=float32, or export the bundle again"
         )
     return bundle.vote_int8
 
@@ -222,7 +228,7 @@ def _build(name: str, graph: bytes, device: Device, options: ort.SessionOptions)
     try:
         return ort.InferenceSession(graph, options, providers=[CPU])
     except Exception as e:  # ONNX Runtime has a class per status code, and no base of them
-        raise DeviceError(f"{name} is no graph that ONNX Runtime {ort.__version__} can run: {e}") from e
+        raise DeviceError(f"{name} is not a graph that ONNX Runtime {ort.__version__} can run: {e}") from e
 
 
 def _build_on_cuda(graph: bytes, options: ort.SessionOptions) -> ort.InferenceSession:
@@ -242,7 +248,11 @@ def _build_on_cuda(graph: bytes, options: ort.SessionOptions) -> ort.InferenceSe
         ) from None
     if hasattr(ort, "preload_dlls"):
         ort.preload_dlls()  # CUDA and cuDNN out of the nvidia-* wheels, where they are installed
-    cuda_options = {"cudnn_conv_algo_search": "HEURISTIC", "arena_extend_strategy": "kSameAsRequested"}
+    cuda_options = {
+        "cudnn_conv_algo_search": "HEURISTIC",
+        "arena_extend_strategy": "kSameAsRequested",
+        "use_tf32": "0",  # by default products are rounded to TF32, which moves scores by more than SCORE_TOLERANCE
+    }
     try:
         session = ort.InferenceSession(graph, options, providers=[(CUDA, cuda_options)])
     except Exception as e:  # ONNX Runtime has a class per status code, and no base of them

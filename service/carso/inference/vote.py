@@ -1,16 +1,16 @@
 """The vote: when may the count of an election stop?
 
 One image is one election. Each vote is the class of one purified image; the class with most of `samples` votes
-wins, the lowest index among equals. Two rules end the count before all votes are cast (docs/vote.md has the proofs):
+wins; among equals, the lowest index. Two rules end the count before all votes are cast (docs/vote.md has the proofs):
 
-* **exact** (curtailment): the leader is ahead of the runner-up by more than the votes left. Always the answer of the
-  full count.
+* **exact** (curtailment): the leader is ahead of the runner-up by more votes than are left. The answer is always that
+  of the full count.
 * **risk-limited**: with s_A votes for the leader, s_j for every other class j of K, and B the beta function,
 
       B(b, b) / (2^(s_A + s_j) B(s_A + b, s_j + b)) <= risk * w_A
 
-  where w_A is 9/10 for the class that the first pass expects and a K-1st of the rest for any other, and b = 1/5.
-  Over the order of the votes, the probability that the count ever stops at a class which the full count would not
+  where b = 1/5, and w_A is 9/10 for the class that the first pass expects and 1/10 divided by K - 1 for any other.
+  Over the order of the votes, the probability that the count ever stops at a class that the full count would not
   elect is at most `risk`, however often the rule is checked. This is the prior-posterior-ratio test of a two-way
   election (Waudby-Smith & Ramdas, arXiv:2006.04347; PPR-1v1 of arXiv:2109.05047, where b = 1), applied to each pair.
 
@@ -28,9 +28,9 @@ from carso.choices import MAX_RISK, MIN_RISK
 
 Rule = Literal["exact", "risk-limited"]
 
-# The guarantee holds whatever these are; chosen for elections that are all but undisputed, since most are:
-EXPECTED = 0.9  # the part of the risk that is spent on the class which the first pass expects
-BETA = 0.2  # of the prior Beta(b, b): 1 is the uniform one; the smaller, the more is bet on a large share
+# The guarantee holds whatever these are. They are chosen for elections that are almost undisputed, because most are:
+EXPECTED = 0.9  # the part of the risk that is spent on the class that the first pass expects
+BETA = 0.2  # b of the prior Beta(b, b): 1 is the uniform prior; a smaller b bets more on a large share
 
 # Votes asked for at once while an election stays open: at least SMALLEST (a round has a fixed cost), at most LARGEST
 # (so that one election does not fill a round). benchmarks/votes.py measures what they cost in votes and rounds.
@@ -39,10 +39,11 @@ LARGEST_BALLOT = 512
 
 
 class _Leads:
-    """Entry s: the fewest votes of a leader that end the count, at its part of the risk, against a runner-up's s votes.
+    """A table: entry s is the fewest votes of a leader that end the count against a runner-up with s votes.
 
-    The table grows as far as elections ask for it, so that a caller's own risk costs no more than its own votes. Of
-    the rule's other classes the runner-up alone need be looked at: the left side grows with s_j.
+    `risk` is the part of the risk that this leader has. The table grows only as far as elections ask for it, so a
+    risk that a caller chooses costs no more than that caller's votes. Among the other classes, only the runner-up
+    matters, because the left side of the rule grows with s_j.
     """
 
     def __init__(self, risk: float) -> None:
@@ -53,14 +54,14 @@ class _Leads:
         entries = self._entries
         while len(entries) <= runner_up:
             other = len(entries)
-            leader = max(entries[-1] if entries else 1, other + 1)  # never less than against fewer votes
+            leader = max(entries[-1] if entries else 1, other + 1)  # never fewer than against a weaker runner-up
             while _log_ratio(leader, other) > self._limit:
                 leader += 1
             entries.append(leader)
         return entries[runner_up]
 
 
-@lru_cache(maxsize=128)  # two for each risk, which callers may choose: bounded, for a table holds up to 0.2 MB
+@lru_cache(maxsize=128)  # two for each risk; bounded, because callers choose the risk and a table holds up to 0.2 MB
 def _leads(risk: float) -> _Leads:
     return _Leads(risk)
 

@@ -1,4 +1,4 @@
-"""What NVML says of the GPUs that this process may use, asked at every scrape."""
+"""Metrics of the GPUs that this process may use, read from NVML at every scrape."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ log = logging.getLogger(__name__)
 
 
 class Gpus(Collector):
-    """A collector for a Prometheus registry. What a GPU does not tell is left out of the scrape."""
+    """A collector for a Prometheus registry. A scrape leaves out what a GPU does not tell."""
 
     def __init__(self, nvml: Any) -> None:
-        """`nvml`: the module `pynvml`, initialised."""
+        """`nvml` is the module `pynvml`, initialised."""
         self._nvml = nvml
         self._count: int = nvml.nvmlDeviceGetCount()
 
     @classmethod
     def find(cls) -> Gpus | None:
-        """None where NVML's bindings (`carso[cuda]`) or the driver's library are not there."""
+        """Return None where NVML's bindings (`carso[gpu]`) or the driver's library are missing."""
         try:
             import pynvml
 
@@ -33,6 +33,7 @@ class Gpus(Collector):
             return None
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
+        """Ask NVML about every GPU."""
         used, total, busy = self.describe()
         nvml = self._nvml
         for index in range(self._count):
@@ -48,6 +49,7 @@ class Gpus(Collector):
         yield from (used, total, busy)
 
     def describe(self) -> list[GaugeMetricFamily]:
+        """Return the metrics without samples."""
         texts = {
             "memory_used_bytes": "Used, by all processes.",
             "memory_total_bytes": "Of the device.",

@@ -9,7 +9,7 @@ from pydantic_core import to_json
 
 
 class JsonFormatter(logging.Formatter):
-    """time, level, logger, message; then what the record was given as `extra={"fields": {...}}`; then the traceback."""
+    """Formats a record as time, level, logger and message, the `extra={"fields": {...}}` it has, and its traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -25,8 +25,8 @@ class JsonFormatter(logging.Formatter):
 
 
 def configure(level: str) -> None:
-    """Send all logs of this process, the HTTP server's too, through JsonFormatter."""
-    # Nothing of this is in our lines, and finding it out takes as long as the rest of a line (logging's own advice).
+    """Send all logs of this process, those of the HTTP server included, through JsonFormatter."""
+    # None of this is in our lines, and looking it up takes as long as the rest of a line (logging's own advice).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     handler = logging.StreamHandler()

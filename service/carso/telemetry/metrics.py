@@ -1,4 +1,4 @@
-"""The metrics of one process, for Prometheus: seconds and counts, histograms and never summaries."""
+"""The metrics of one process, for Prometheus: seconds and counts; histograms, never summaries."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from carso.inference.jobs import Ending, Outcome, Result, Spared, Step
 from carso.telemetry.gpus import Gpus
 from carso.version import __version__
 
-# A gauge beside every counter, of when it began: half a page that nobody reads.
+# These are gauges beside every counter that tell when it began: half a page that nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
 
 # from a fast answer on a GPU to a full count on a busy CPU
@@ -40,7 +40,7 @@ VOTES = (9, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048
 class Metrics:
     """Counts what the service does. `step` is called on the engine's thread, all else on the event loop's.
 
-    What each series says, for those who read them: docs/metrics.md.
+    docs/metrics.md says what each series means.
     """
 
     def __init__(self, bundle: Bundle, *, device: Device, provider: str, precision: Precision) -> None:

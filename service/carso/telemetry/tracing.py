@@ -1,4 +1,4 @@
-"""OpenTelemetry traces: a span per request, and one below it per stage. Needs `carso[tracing]`.
+"""OpenTelemetry traces: a span per request, and below it one per stage. This needs `carso[tracing]`.
 
 Where they go, and how many, is up to OpenTelemetry's own variables: OTEL_EXPORTER_OTLP_ENDPOINT, OTEL_TRACES_SAMPLER,
 OTEL_SERVICE_NAME, ... (https://opentelemetry.io/docs/specs/otel/configuration/sdk-environment-variables/).
@@ -25,7 +25,7 @@ NOT_TRACED = ",".join(f"{path}$" for path in sorted(PROBES))  # what is asked ev
 
 
 class Tracing:
-    """One process's tracer. Spans are sent in the background; if nobody takes them they are dropped."""
+    """The tracer of one process. Spans are sent in the background, and dropped if nobody takes them."""
 
     def __init__(self) -> None:
         name = os.environ.get("OTEL_SERVICE_NAME", "carso")
@@ -34,7 +34,7 @@ class Tracing:
         self._tracer = self._provider.get_tracer("carso", __version__)
 
     def around(self, app: ASGIApp) -> ASGIApp:
-        """`app` with a span around each request, child of the caller's `traceparent` if there is one."""
+        """Return `app` with a span around each request: a child of the caller's `traceparent` if there is one."""
         traced: ASGIApp = OpenTelemetryMiddleware(
             _handed_down(app),
             excluded_urls=NOT_TRACED,
@@ -62,7 +62,7 @@ class Tracing:
 
 
 def _handed_down(app: ASGIApp) -> ASGIApp:
-    """`app` that sees the span in `traceparent`, as if the caller had sent it: so that the log names every trace."""
+    """Return `app` that sees the span in `traceparent` as if the caller had sent it: so the log names every trace."""
     propagator = TraceContextTextMapPropagator()
 
     async def handed_down(scope: Scope, receive: Receive, send: Send) -> None:
