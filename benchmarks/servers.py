@@ -62,9 +62,10 @@ class Server:
 
 @contextmanager
 def running(module: str, *arguments: str, ready: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
-    """`python -m module` in a process group of its own, from the first 200 of `ready` to the end of the block.
+    """Run `python -m module` in a process group of its own, from the first 200 of `ready` to the end of the block.
 
-    "{port}" in arguments and environment becomes a free port. Raises ServerError.
+    "{port}" in arguments and environment becomes a free port. The group ends with this process too, however that ends.
+    Raises ServerError.
     """
     port = _free_port()
     command = [sys.executable, "-m", module, *(argument.format(port=port) for argument in arguments)]
@@ -73,6 +74,7 @@ def running(module: str, *arguments: str, ready: str, environment: Mapping[str, 
         process = subprocess.Popen(
             command, env={**os.environ, **given}, stdout=output, stderr=output, start_new_session=True
         )
+        watcher = _watch(process.pid)
         try:
             _wait(f"http://127.0.0.1:{port}{ready}", process, command)
             yield Server(port, process.pid)
@@ -81,12 +83,14 @@ def running(module: str, *arguments: str, ready: str, environment: Mapping[str, 
             raise ServerError(f"{e}:\n{output.read().decode(errors='replace')}") from None
         finally:
             _stop(process)
+            watcher.kill()
+            watcher.wait()
 
 
 def carso(bundle: Path, **settings: str) -> AbstractContextManager[Server]:
-    """The service itself, with its own defaults but for what the environment and `settings` say."""
+    """Run the service itself, with its own defaults but for what the environment and `settings` say."""
     environment = {"CARSO_BUNDLE": str(bundle), "CARSO_PORT": "{port}", **settings}
-    return running("service", ready="/readyz", environment=environment)
+    return running("carso.command", "serve", ready="/readyz", environment=environment)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], command: Sequence[str]) -> None:
@@ -100,6 +104,14 @@ def _wait(url: str, process: subprocess.Popen[bytes], command: Sequence[str]) ->
         except OSError:
             time.sleep(0.1)
     raise ServerError(f"{' '.join(command)} was not ready within {START:.0f} s")
+
+
+def _watch(group: int) -> subprocess.Popen[bytes]:
+    """Start a process that ends a process group once this process is gone, whatever ended it: then its pipe closes."""
+    script = f"read -r _; kill -TERM -- -{group}; sleep {STOP:.0f}; kill -KILL -- -{group}"
+    return subprocess.Popen(
+        ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+    )
 
 
 def _stop(process: subprocess.Popen[bytes]) -> None:

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import pty
+import signal
 import subprocess
 import sys
+from collections import Counter
 from contextlib import suppress
 
 import numpy as np
 import pytest
-from carso.client import Client
-from carso.client.commands import app
+from carso import Client
+from carso.client.load import Measured, Traffic, random_npy
+from carso.command import command_line
+from carso.version import __version__
 from typer.testing import CliRunner, Result
 
-from tests.calls import COLOUR_PNG, PIXELS, PNG
+from tests.calls import COLOUR_PNG, PIXELS, PNG, sample
 from tests.pictures import encoded
 from tests.scripted import LABEL_ONLY, Reply, refusal, scripted
-from tests.server import environment, free_port
+from tests.server import environment, silent_port, url_of
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def image(tmp_path):
 
 @pytest.fixture
 def disputed(server, tmp_path):
-    """An image for which the two paths part."""
+    """Find an image on which the two paths disagree."""
     random = np.random.default_rng(0)
     with Client(server.url) as client:
         for _ in range(100):
@@ -43,8 +48,8 @@ def disputed(server, tmp_path):
     raise AssertionError("the two paths agree on all of these images")
 
 
-def carso(*args: object, url: str) -> Result:
-    return CliRunner().invoke(app, list(map(str, args)), env={"CARSO_URL": url, "CARSO_API_KEY": None})
+def carso(*args: object, url: str | None) -> Result:
+    return CliRunner().invoke(command_line(), list(map(str, args)), env={"CARSO_URL": url, "CARSO_API_KEY": None})
 
 
 def lines_of(result: Result) -> list[list[str]]:
@@ -69,7 +74,7 @@ def test_a_table_has_a_line_for_each_image(server, image, disputed):
         ]
 
 
-def test_paths_that_part_are_warned_of(server, disputed):
+def test_paths_that_disagree_are_warned_of(server, disputed):
     warning = carso("classify", disputed, "--seed", 1, url=server.url).stderr
     assert "warning" in warning and disputed.name in warning
 
@@ -122,9 +127,10 @@ def test_a_service_that_fails_is_asked_once_and_what_it_said_is_shown(image):
 
 
 @pytest.mark.parametrize("args", [("info",), ("bench", "--seconds", 1), ("classify", __file__)])
-def test_no_service_is_one_line_and_exit_code_1(args):
-    url = f"http://127.0.0.1:{free_port()}"
-    result = carso(*args, url=url)
+def test_no_service_is_one_line_and_exit_status_1(args):
+    with silent_port() as port:
+        url = url_of(port)
+        result = carso(*args, url=url)
     assert (result.exit_code, result.stdout) == (1, "")
     (line,) = result.stderr.splitlines()
     assert line.startswith("carso: ") and url in line
@@ -145,10 +151,15 @@ def test_no_service_is_one_line_and_exit_code_1(args):
         ("bench",),
         ("bench", "http://127.0.0.1:1", "--fast", "--risk", "0"),
         ("bench", "http://127.0.0.1:1", "--connections", "0"),
+        ("bench", "http://127.0.0.1:1", "--fast", "--both"),
+        ("bench", "http://127.0.0.1:1", "--fast", "--attacked", __file__),
+        ("bench", "http://127.0.0.1:1", "--image", "no-such-file-*.png"),
+        ("no-such-command",),
+        ("--no-such-option",),
     ],
 )
-def test_wrong_usage_is_exit_code_2(args):
-    assert CliRunner().invoke(app, args, env={"CARSO_URL": None}).exit_code == 2
+def test_wrong_usage_is_exit_status_2(args):
+    assert carso(*args, url=None).exit_code == 2
 
 
 def test_evidence_that_is_withheld_is_a_dash(image):
@@ -170,9 +181,9 @@ def test_a_count_that_the_deadline_ended_is_warned_of(image):
 def test_the_key_is_taken_from_the_environment(image):
     with scripted(LABEL_ONLY) as server:
         environment = {"CARSO_URL": server.url, "CARSO_API_KEY": "secret-of-mine"}
-        assert CliRunner().invoke(app, ["classify", str(image)], env=environment).exit_code == 0
+        assert CliRunner().invoke(command_line(), ["classify", str(image)], env=environment).exit_code == 0
         assert server.received[0].headers["authorization"] == "Bearer secret-of-mine"
-    result = CliRunner().invoke(app, ["info"], env={"CARSO_API_KEY": "not for\na header"})
+    result = CliRunner().invoke(command_line(), ["info"], env={"CARSO_API_KEY": "not for\na header"})
     assert result.exit_code == 1
     assert "API key" in result.stderr and "not for" not in result.stderr
 
@@ -190,8 +201,8 @@ def test_bench_measures_what_the_service_answers(server, options):
     result = carso(*args, "--json", url="http://127.0.0.1:1")
     assert result.exit_code == 0, result.stderr
     measured = json.loads(result.stdout)
-    assert set(measured["codes"]) == {"200"}
-    assert 0 <= measured["requests_per_s"] <= 2 * measured["codes"]["200"]
+    assert set(measured["statuses"]) == {"200"}
+    assert 0 <= measured["requests_per_s"] <= 2 * measured["statuses"]["200"]
     assert measured["images_per_s"] == pytest.approx(measured["requests_per_s"] * (3 if "--batch" in options else 1))
     latencies = list(measured["latency_ms"].values())
     assert list(measured["latency_ms"]) == ["p50", "p90", "p95", "p99", "max"]
@@ -215,14 +226,125 @@ def test_bench_counts_refusals_and_sends_nothing_twice(client):
     with scripted(Reply(200, client.get("/info").json()), LABEL_ONLY, full) as server:
         result = carso("bench", server.url, "--connections", 2, "--seconds", 0.3, "--json", url=server.url)
         ids = [request.headers["x-request-id"] for request in server.received]
-    codes = json.loads(result.stdout)["codes"]
-    assert codes == {"200": 1, "429": len(ids) - 2}
+    statuses = json.loads(result.stdout)["statuses"]
+    assert statuses == {"200": 1, "429": len(ids) - 2}
     assert len(set(ids)) == len(ids)
     assert "full" in result.stderr
 
 
+@pytest.fixture
+def digits(tmp_path):
+    """Make a folder of usual images, and one that is attacked."""
+    random = np.random.default_rng(0)
+    for name in ("0-clean", "1-clean", "2-clean", "0-attacked"):
+        (tmp_path / f"{name}.png").write_bytes(encoded(random.integers(0, 256, (8, 8), np.uint8)))
+    return tmp_path
+
+
+def test_bench_sends_files_of_folders_and_patterns_to_both_paths(client, digits):
+    with scripted(Reply(200, client.get("/info").json()), LABEL_ONLY) as server:
+        options = ("--image", digits / "*-clean.png", "--image", digits / "0-attacked.png", "--both", "--seconds", 0.5)
+        result = carso("bench", server.url, *options, "--connections", 1, url=None)
+        received = server.received[1:]
+    assert result.exit_code == 0, result.stderr
+    clean = [(digits / f"{index}-clean.png").read_bytes() for index in range(3)]
+    expected = [*clean, (digits / "0-attacked.png").read_bytes()]
+    for number, request in enumerate(received):
+        assert request.body == expected[number % 4]
+        assert request.path == ("/classify/fast" if number % 2 else "/classify")
+
+
+@pytest.mark.parametrize(("phase", "attacked"), [(0.1, True), (0.5, False), (0.9, False)])
+def test_a_third_of_the_robust_requests_are_attacked_in_the_first_third_of_each_period(phase, attacked):
+    traffic = Traffic(usual=[b"usual"], attacked=[b"attacked"], period=60)
+    now = 60 * (1000 + phase)
+    sent = Counter(traffic.images(number, robust=True, now=now) for number in range(3000))
+    assert (800 < sent[b"attacked"] < 1200) == attacked
+    assert attacked or not sent[b"attacked"]
+    assert {traffic.images(number, robust=False, now=now) for number in range(100)} == {b"usual"}
+
+
+def test_an_endless_bench_shows_its_figures_when_it_is_interrupted(server):
+    command = [
+        sys.executable,
+        "-m",
+        "carso.command",
+        "bench",
+        server.url,
+        "--seconds",
+        "0",
+        "--pause",
+        "0.01",
+        "--json",
+    ]
+    with server.client() as client, subprocess.Popen(command, stdout=subprocess.PIPE, env=environment()) as running:
+        series = 'carso_requests_total{endpoint="/classify",status="200"}'
+        before = sample(client.get("/metrics").text, series)
+        while sample(client.get("/metrics").text, series) < before + 100:
+            assert running.poll() is None
+        running.send_signal(signal.SIGINT)
+        measured = json.loads(running.stdout.read())
+    assert running.returncode == 0
+    assert measured["statuses"]["200"] >= 50
+    assert measured["requests_per_s"] > 0
+
+
+def test_random_images_are_what_numpy_would_write():
+    written = random_npy((3, 1, 8, 8), seed=1)
+    array = np.load(io.BytesIO(written))
+    assert (array.shape, array.dtype) == ((3, 1, 8, 8), np.uint8)
+    assert len(np.unique(array)) > 50
+    assert written != random_npy((3, 1, 8, 8), seed=2)
+
+
+def test_percentiles_are_those_of_numpy():
+    measured = Measured(seconds=1.0)
+    measured.latencies.extend(np.random.default_rng(0).random(101).tolist())
+    measured.statuses["200"] = 101
+    told = measured.summary()["latency_ms"]
+    for percent in (50, 90, 95, 99):
+        assert told[f"p{percent}"] == pytest.approx(1e3 * np.percentile(measured.latencies, percent), abs=1e-3)
+
+
+def test_the_version_is_shown():
+    assert carso("--version", url=None).stdout == f"carso {__version__}\n"
+
+
+def test_help_names_every_part_and_shell_completion():
+    shown = carso("--help", url=None).stdout
+    for part in ("serve", "classify", "info", "bench", "--install-completion", "--version"):
+        assert part in shown
+
+
+@pytest.mark.parametrize("args", ["--help", "--version", "classify --help", "classify FILE --url http://127.0.0.1:1"])
+def test_what_a_part_of_the_command_does_not_need_is_not_imported(image, args):
+    program = (
+        "import atexit, sys\n"
+        "atexit.register(lambda: print(*sorted({name.partition('.')[0] for name in sys.modules}), file=sys.stderr))\n"
+        "from carso.command import main\n"
+        "main()\n"
+    )
+    given = [str(image) if arg == "FILE" else arg for arg in args.split()]
+    done = subprocess.run([sys.executable, "-c", program, *given], capture_output=True, text=True, env=environment())
+    imported = set(done.stderr.splitlines()[-1].split())
+    assert "typer" in imported
+    assert not imported & {"numpy", "onnxruntime", "fastapi", "starlette", "uvicorn", "PIL", "torch"}
+    assert ("httpx" in imported) == (len(given) > 2)
+
+
+def test_completion_knows_the_parts_and_the_options_of_serve():
+    def complete(words: str) -> str:
+        variables = {"_CARSO_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+        command = [sys.executable, "-m", "carso.command"]
+        return subprocess.run(command, capture_output=True, text=True, env=environment() | variables).stdout
+
+    assert complete("carso se").split() == ["serve"]
+    assert "--drain-delay-s" in complete("carso serve --d").split()
+    assert complete("carso serve --device c").split() == ["cuda", "cpu"]
+
+
 def test_the_module_runs_as_the_command_does(server, image):
-    command = [sys.executable, "-m", "carso.client.commands", "classify", image, "--url", server.url, "--json"]
+    command = [sys.executable, "-m", "carso.command", "classify", image, "--url", server.url, "--json"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(), check=True)
     assert json.loads(done.stdout)["file"] == str(image)
     assert done.stderr == "" or "warning" in done.stderr
@@ -230,7 +352,7 @@ def test_the_module_runs_as_the_command_does(server, image):
 
 def test_a_terminal_gets_the_same_table(server, image):
     main, terminal = pty.openpty()
-    command = [sys.executable, "-m", "carso.client.commands", "classify", image, "--url", server.url]
+    command = [sys.executable, "-m", "carso.command", "classify", image, "--url", server.url]
     wide = environment() | {"COLUMNS": "300", "TERM": "xterm"}
     done = subprocess.run(command, stdout=terminal, stderr=subprocess.PIPE, env=wide)
     os.close(terminal)

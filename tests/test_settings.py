@@ -1,4 +1,4 @@
-"""The settings, as whoever starts the service meets them: in the environment, and as exit codes and messages."""
+"""The settings, as whoever starts the service meets them: variables, options, exit statuses and messages."""
 
 from __future__ import annotations
 
@@ -8,18 +8,17 @@ import sys
 from pathlib import Path
 
 import pytest
-from carso.complaints import allowed
-from carso.settings import Settings, SettingsError, unknown_variables
+from carso.settings import SECURITY, Settings, SettingsError, group_of, option, page, unknown_variables, variable
 
 from tests.bundles import SMALL, copy_of, shared_bundle
 from tests.server import environment
 
-HTTP = Path(__file__).parents[1] / "docs/http.md"
+ROOT = Path(__file__).parents[1]
 
 
-def start(**settings: object) -> subprocess.CompletedProcess[str]:
+def start(*options: object, **settings: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "carso.command"],
+        [sys.executable, "-m", "carso.command", "serve", *map(str, options)],
         env=environment(**settings),
         capture_output=True,
         text=True,
@@ -28,33 +27,21 @@ def start(**settings: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_every_setting_has_a_description_and_a_default():
+def test_every_setting_has_a_description_a_group_and_a_default():
     for name, field in Settings.model_fields.items():
         assert field.description, name
+        assert group_of(name), name
         assert not field.is_required(), name
 
 
-DEFAULTS_IN_WORDS = {"bundle": "models/mnist-fcn", "threads": "the processors it may use", "api_keys_file": "none"}
+def test_the_settings_of_one_group_stand_together():
+    groups = [group_of(name) for name in Settings.model_fields]
+    changes = [group for before, group in zip(["", *groups], groups, strict=False) if group != before]
+    assert len(changes) == len(set(changes))
 
 
-def test_the_documented_table_says_names_defaults_and_ranges():
-    rows = re.findall(r"^\| `CARSO_(\w+)` \|([^|]*)\|([^|]*)\|", HTTP.read_text(), re.MULTILINE)
-    documented = [(name.lower(), default.strip(), in_digits(bounds.strip())) for name, default, bounds in rows]
-    assert documented == [
-        (name, DEFAULTS_IN_WORDS.get(name, str(field.default).lower()), range_of(name))
-        for name, field in Settings.model_fields.items()
-    ]
-
-
-def in_digits(bounds: str) -> str:
-    """2^10 as 1024, and a comma where sentences have an or."""
-    return re.sub(r"2\^(\d+)", lambda power: str(2 ** int(power[1])), bounds).replace(", or ", " or ")
-
-
-def range_of(name: str) -> str:
-    """As a message says it, without the noun."""
-    text = allowed(Settings, name).replace("true or false", "true, false")
-    return re.sub(r"an? (integer|number) from |one of |a path|a string that is not empty", "", text)
+def test_the_page_of_settings_is_the_one_that_the_code_writes():
+    assert (ROOT / "docs/settings.md").read_text() == page(), "python -m carso.settings > docs/settings.md"
 
 
 def test_settings_are_read_from_the_environment(monkeypatch):
@@ -66,6 +53,20 @@ def test_settings_are_read_from_the_environment(monkeypatch):
     settings = Settings.read()
     assert (settings.port, settings.bundle, settings.allow_seed) == (9000, Path("somewhere/else"), False)
     assert (settings.risk, settings.threads) == (0, None)
+
+
+def test_an_option_wins_over_its_variable(monkeypatch):
+    monkeypatch.setenv("CARSO_PORT", "9000")
+    monkeypatch.setenv("CARSO_RISK", "0")
+    settings = Settings.read({"port": "9001"})
+    assert (settings.port, settings.risk) == (9001, 0)
+    assert (settings.called("port"), settings.called("risk")) == ("--port", "CARSO_RISK")
+
+
+def test_the_bundle_that_is_served_by_default_is_the_reference_bundle(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "models/mnist-fcn").mkdir(parents=True)  # a folder of this name where the command runs is not meant
+    assert Settings().bundle == ROOT / "models/mnist-fcn"
 
 
 @pytest.mark.parametrize(
@@ -88,10 +89,44 @@ def test_settings_are_read_from_the_environment(monkeypatch):
     ],
 )
 def test_a_bad_setting_is_refused_with_its_name_its_value_and_the_allowed_range(monkeypatch, name, value, allowed):
-    monkeypatch.setenv(f"CARSO_{name.upper()}", value)
+    with pytest.raises(SettingsError) as refusal:
+        Settings.read({name: value})
+    assert str(refusal.value) == f"{option(name)}: {value!r} is not allowed; it must be {allowed}"
+    monkeypatch.setenv(variable(name), value)
     with pytest.raises(SettingsError) as refusal:
         Settings.read()
-    assert str(refusal.value) == f"CARSO_{name.upper()}: {value!r} is not allowed; it must be {allowed}"
+    assert str(refusal.value) == f"{variable(name)}: {value!r} is not allowed; it must be {allowed}"
+
+
+def test_a_security_setting_that_is_present_but_empty_is_refused(monkeypatch):
+    names = [name for name in Settings.model_fields if group_of(name) == SECURITY]
+    assert {"api_keys_file", "allow_seed", "evidence"} <= set(names)
+    for name in names:
+        with monkeypatch.context() as only, pytest.raises(SettingsError, match=f"{variable(name)}: ''"):
+            only.setenv(variable(name), "")
+            Settings.read()
+
+
+@pytest.mark.parametrize("name", ["threads", "bundle", "api_keys_file"])
+def test_an_option_that_is_empty_is_refused(name):
+    with pytest.raises(SettingsError, match=f"{option(name)}: ''"):
+        Settings.read({name: ""})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "least"),
+    [("queue_rows", 1000, 64 * 10_001), ("fast_queue_rows", 1, 64), ("bodies_bytes", 1024, 8 * 2**20)],
+)
+def test_limits_that_could_never_take_the_largest_request_are_refused(monkeypatch, name, value, least):
+    with pytest.raises(SettingsError, match=rf"^{variable(name)}: {value} .* at least {least} \("):
+        Settings(**{name: value})
+    with pytest.raises(SettingsError, match=rf"^{option(name)}: {value} .*CARSO_MAX_"):
+        Settings.read({name: str(value)})
+
+
+def test_limits_of_each_other_name_the_option_that_was_given():
+    with pytest.raises(SettingsError, match=r"^CARSO_QUEUE_ROWS: .*--max-images 4096 at CARSO_MAX_SAMPLES 10000"):
+        Settings.read({"max_images": "4096"})
 
 
 def test_a_misspelt_setting_is_noticed(monkeypatch):
@@ -100,10 +135,19 @@ def test_a_misspelt_setting_is_noticed(monkeypatch):
     assert unknown_variables() == ["CARSO_PROT"]
 
 
-def test_a_bad_setting_stops_the_start_with_exit_code_2_and_one_line():
-    ended = start(port=70000)
+def test_a_bad_setting_stops_the_start_with_exit_status_2_and_one_line():
+    message = "'70000' is not allowed; it must be an integer from 0 to 65535"
+    for ended, name in ((start(port=70000), "CARSO_PORT"), (start("--port", 70000, port=1), "--port")):
+        assert ended.returncode == 2
+        assert ended.stderr == f"carso: {name}: {message}\n"
+
+
+@pytest.mark.parametrize("args", [("--prot", "80"), ("8000",), ("--spin", "yes"), ("--port",)])
+def test_an_argument_that_serve_does_not_know_stops_the_start_with_exit_status_2(args):
+    ended = start(*args)
     assert ended.returncode == 2
-    assert ended.stderr == "carso-serve: CARSO_PORT: '70000' is not allowed; it must be an integer from 0 to 65535\n"
+    assert args[0] in ended.stderr or "yes" in ended.stderr
+    assert "Traceback" not in ended.stderr
 
 
 def test_a_limit_below_the_default_of_the_bundle_stops_the_start():
@@ -113,8 +157,14 @@ def test_a_limit_below_the_default_of_the_bundle_stops_the_start():
     assert "at least 1500" in ended.stderr
 
 
-def test_a_folder_that_is_no_bundle_stops_the_start_with_its_name(tmp_path):
-    ended = start(bundle=tmp_path)
+def test_an_empty_file_of_keys_stops_the_start():
+    ended = start(api_keys_file="")
+    assert ended.returncode == 2
+    assert "CARSO_API_KEYS_FILE" in ended.stderr
+
+
+def test_a_folder_that_is_not_a_bundle_stops_the_start_with_its_name(tmp_path):
+    ended = start("--bundle", tmp_path)
     assert ended.returncode == 1
     assert f"{tmp_path} holds no manifest.json" in ended.stderr
     assert "Traceback" not in ended.stderr
@@ -128,3 +178,18 @@ def test_a_damaged_bundle_stops_the_start_with_the_name_of_the_file(tmp_path):
     assert ended.returncode == 1
     assert f"{graph} is damaged" in ended.stderr
     assert "Traceback" not in ended.stderr
+
+
+def test_the_help_of_serve_shows_every_setting_with_its_variable():
+    ended = subprocess.run(
+        [sys.executable, "-m", "carso.command", "serve", "--help"],
+        env=environment() | {"COLUMNS": "200", "TERM": "dumb"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    text = re.sub(r"[│\s]+", " ", ended.stdout)
+    for name in Settings.model_fields:
+        assert f" {option(name)} " in text
+        assert f"Variable: {variable(name)}." in text
+        assert group_of(name) in text

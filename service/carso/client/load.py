@@ -144,7 +144,7 @@ def random_npy(shape: tuple[int, ...], *, seed: int) -> bytes:
     size = 1
     for length in shape:
         size *= length
-    header = repr({"descr": "|u1", "fortran_order": False, "shape": tuple(shape)})
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape!r}, }}"
     padding = -(10 + len(header) + 1) % 64
     written = f"{header}{' ' * padding}\n".encode()
     return b"\x93NUMPY\x01\x00" + len(written).to_bytes(2, "little") + written + random.Random(seed).randbytes(size)  # noqa: S311
