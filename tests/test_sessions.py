@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -10,8 +11,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from carso.bundle import Bundle
-from carso.inference import sessions as sessions_module
-from carso.inference.sessions import CPU, CUDA, DeviceError, Sessions, usable_cpus
+from carso.choices import CPU, CUDA
+from carso.inference import processors
+from carso.inference.processors import usable_cpus
+from carso.inference.sessions import DeviceError, Sessions
 
 from tests.bundles import COLOUR, REFERENCE, SMALL, random_images, shared_bundle
 
@@ -45,7 +48,7 @@ class SilentlyOnTheCpu(ort.InferenceSession):
 def driver_but_no_cuda_libraries(monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CUDA, CPU])
     monkeypatch.setattr(ort, "preload_dlls", lambda: None, raising=False)
-    monkeypatch.setattr(sessions_module.ctypes, "CDLL", lambda name: None)
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: None)
     monkeypatch.setattr(ort, "InferenceSession", SilentlyOnTheCpu)
 
 
@@ -185,12 +188,12 @@ def test_probabilities_and_purified_images_are_in_their_ranges(sessions):
     ("quota", "cpus"), [("200000 100000", 2), ("150000 100000", 1), ("50000 100000", 1), ("max 100000", 64), (None, 64)]
 )
 def test_usable_cpus_are_bounded_by_affinity_and_by_the_cgroups_quota(monkeypatch, tmp_path, quota, cpus):
-    """Of 64 processors."""
+    """The affinity mask has 64 processors."""
     path = tmp_path / "cpu.max"
     if quota:
         path.write_text(quota + "\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(64)))
-    monkeypatch.setattr(sessions_module, "Path", lambda _: Path(path))
+    monkeypatch.setattr(processors, "Path", lambda _: Path(path))
     assert usable_cpus() == cpus
 
 
@@ -198,7 +201,7 @@ def test_affinity_bounds_a_larger_quota(monkeypatch, tmp_path):
     path = tmp_path / "cpu.max"
     path.write_text("6400000 100000\n")
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5})
-    monkeypatch.setattr(sessions_module, "Path", lambda _: Path(path))
+    monkeypatch.setattr(processors, "Path", lambda _: Path(path))
     assert usable_cpus() == 2
 
 
