@@ -29,6 +29,8 @@ class ErrorAnswer(_Answer):
 
 
 class BundleName(_Answer):
+    """Which bundle is served."""
+
     name: str
     version: str
     checksum: str = Field(description="SHA-256 of the bundle's manifest, which lists those of all its files.")
@@ -44,23 +46,33 @@ class FastTimings(_Answer):
 
 
 class RobustTimings(FastTimings):
+    """Durations in milliseconds, of the robust path."""
+
     vote_ms: float = Field(description="From the end of the first pass to the end of the last election.")
 
 
 class Label(_Answer):
+    """A prediction whose evidence is withheld, on the fast path."""
+
     label: int
     class_name: str
 
 
 class FastPrediction(Label):
+    """What the first pass says of one image."""
+
     probabilities: list[float] = Field(description="Of each class, in order.")
 
 
 class RobustLabel(Label):
+    """A prediction whose evidence is withheld, on the robust path."""
+
     complete: bool = Field(description="False if the deadline ended the count, so that `risk` says nothing about it.")
 
 
 class RobustPrediction(RobustLabel):
+    """What the vote says of one image."""
+
     label: int = Field(description="The class with most votes, the lowest among equals.")
     share: float = Field(description="The leader's votes / votes cast.")
     tally: list[int] = Field(description="Votes of each class, in order.")
@@ -80,11 +92,15 @@ class _Trailer(_Answer):
 
 
 class FastAnswer(_Trailer):
+    """The answer of /classify/fast."""
+
     predictions: list[FastPrediction] = Field(description="One per image, in the order sent.")
     timings: FastTimings
 
 
 class RobustAnswer(_Trailer):
+    """The answer of /classify."""
+
     predictions: list[RobustPrediction] = Field(description="One per image, in the order sent.")
     timings: RobustTimings
 
@@ -102,6 +118,8 @@ class RobustLabels(_Trailer):
 
 
 class BundleInfo(BundleName):
+    """What is served: the data, the sizes, and the accuracies that were measured."""
+
     dataset: str
     classes: tuple[str, ...]
     input: InputSpec
@@ -112,6 +130,8 @@ class BundleInfo(BundleName):
 
 
 class Limits(_Answer):
+    """How much one request may ask for."""
+
     max_samples: int
     max_images: int
     max_body_bytes: int
@@ -121,12 +141,16 @@ class Limits(_Answer):
 
 
 class DeviceInfo(_Answer):
+    """On what the bundle runs."""
+
     asked: Device
     provider: str = Field(description="What is in use, as the built session tells.")
     precision: Precision = Field(description="Of the votes.")
 
 
 class Info(_Answer):
+    """The answer of /info."""
+
     version: str = Field(description="Of the service.")
     bundle: BundleInfo
     device: DeviceInfo
@@ -136,6 +160,8 @@ class Info(_Answer):
 
 
 class Health(_Answer):
+    """The answer of a probe that succeeds."""
+
     status: str
 
 

@@ -43,18 +43,24 @@ _DATATYPES: dict[type, OutputType] = {int: "INT64", float: "FP64", bool: "BOOL",
 
 
 class ServerMetadata(BaseModel):
+    """The answer of /v2."""
+
     name: str = "carso"
     version: str = __version__
     extensions: tuple[str, ...] = ("binary_tensor_data",)
 
 
 class TensorMetadata(BaseModel):
+    """One input or output of a model."""
+
     name: str
     datatype: str
     shape: list[int]  # -1: any
 
 
 class ModelMetadata(BaseModel):
+    """The answer of /v2/models/NAME."""
+
     name: str
     versions: tuple[str, ...]
     platform: str

@@ -45,10 +45,14 @@ class _Part(BaseModel):
 
 
 class InputParameters(_Part):
+    """Parameters of an input tensor."""
+
     binary_data_size: int | None = Field(default=None, ge=0, description="Bytes of this tensor behind the JSON.")
 
 
 class Input(_Part):
+    """The input tensor: the images."""
+
     name: Literal["images"]
     shape: list[int] = Field(
         min_length=1, max_length=4, description="[N, C, H, W] or what .npy may have; of BYTES, [N] or [N, 1]."
@@ -62,10 +66,14 @@ class Input(_Part):
 
 
 class OutputParameters(_Part):
+    """Parameters of an output tensor."""
+
     binary_data: bool | None = Field(default=None, description="Send this tensor in binary form.")
 
 
 class Output(_Part):
+    """An output tensor that the client asks for."""
+
     name: str
     parameters: OutputParameters = OutputParameters()
 
@@ -84,6 +92,8 @@ class InferRequest(_Part):
 
 
 class OutputTensor(BaseModel):
+    """An output tensor as it is sent."""
+
     name: str
     datatype: OutputType
     shape: list[int]

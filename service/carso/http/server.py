@@ -54,6 +54,7 @@ class Server(uvicorn.Server):
         self._closing_at = math.inf  # on the clock of time.monotonic
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Begin to drain at the first signal; close the port at the second."""
         if self._lifecycle.draining or not self._delay:
             super().handle_exit(sig, frame)
         else:
@@ -61,10 +62,12 @@ class Server(uvicorn.Server):
         self._lifecycle.draining = True
 
     async def on_tick(self, counter: int) -> bool:
+        """Tell whether to exit, ten times a second."""
         self.should_exit = self.should_exit or time.monotonic() >= self._closing_at
         return await super().on_tick(counter)
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Close the port, wait for requests in flight, and end those that take too long."""
         timer = asyncio.get_running_loop().call_later(self._timeout, self._abandon)
         await super().shutdown(sockets)
         timer.cancel()

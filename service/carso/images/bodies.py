@@ -26,6 +26,8 @@ _DATA_URL = re.compile(r"\Adata:[^,]{0,100};base64,")
 
 @dataclass(frozen=True)
 class Body:
+    """A body that was taken apart."""
+
     sources: list[Source]
     options: dict[str, Any] = field(default_factory=dict)  # unchecked
 

@@ -38,10 +38,17 @@ class Steps(Protocol):
     """What the engine runs: the methods of ``carso.inference.pipeline.Pipeline``."""
 
     @property
-    def busy(self) -> bool: ...
-    def admit(self, tickets: Iterable[Ticket]) -> None: ...
-    def first_passes(self) -> Step: ...
-    def round(self) -> Step: ...
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+
+    def admit(self, tickets: Iterable[Ticket]) -> None:
+        """Take on jobs."""
+
+    def first_passes(self) -> Step:
+        """Compute a batch of first passes."""
+
+    def round(self) -> Step:
+        """Cast one round of votes."""
 
 
 class Engine:

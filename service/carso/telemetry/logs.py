@@ -12,6 +12,7 @@ class JsonFormatter(logging.Formatter):
     """Formats a record as time, level, logger and message, the `extra={"fields": {...}}` it has, and its traceback."""
 
     def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record, without its end."""
         line = {
             "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
             "level": record.levelname.lower(),
