@@ -34,7 +34,8 @@ def parsed(content_type: str, data: bytes) -> bodies.Body:
 
 
 def multipart(*files: tuple[str, bytes]) -> tuple[str, bytes]:
-    request = httpx.Request("POST", "http://test", files=[(name, ("x.png", content)) for name, content in files])
+    files = [(name, ("x.png", content)) for name, content in files]
+    request = httpx.Request("POST", "http://test", files=files, headers={"content-type": FORM})  # its own is random
     return request.headers["content-type"], request.read()
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import subprocess
 import time
 import urllib.parse
@@ -16,7 +17,6 @@ import pytest
 
 from tests.deploy.containers import Container, request
 from tests.deploy.dashboard import annotations, choices, queries
-from tests.server import free_port
 
 ROOT = Path(__file__).parents[2]
 PROJECT = "carso-check"
@@ -63,6 +63,13 @@ def stack() -> Iterator[Stack]:
         yield started
     finally:
         started.compose("down", "--volumes")
+
+
+def free_port() -> int:
+    """A port that was free a moment ago: Compose has to be told a number."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
 
 
 def eventually(what: Callable[[], Any], *, because: Callable[[], Any]) -> None:
