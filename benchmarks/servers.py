@@ -108,7 +108,7 @@ def _wait(url: str, process: subprocess.Popen[bytes], command: Sequence[str]) ->
 
 def _watch(group: int) -> subprocess.Popen[bytes]:
     """Start a process that ends a process group once this process is gone, whatever ended it: then its pipe closes."""
-    script = f"read -r _; kill -TERM -- -{group}; sleep {STOP:.0f}; kill -KILL -- -{group}"
+    script = f"read -r _; kill -s TERM -- -{group}; sleep {STOP:.0f}; kill -s KILL -- -{group}"
     return subprocess.Popen(
         ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
     )
