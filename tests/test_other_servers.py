@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,7 @@ import pytest
 from tests.bundles import SMALL, shared_bundle
 from tests.calls import PNG
 from tests.server import environment
-from tests.waiting import PATIENCE
+from tests.waiting import PATIENCE, PAUSE
 
 NOT_OURS = "this server is not `carso serve`"
 UVICORN = ("uvicorn", "--factory", "carso.app:create_app", "--port", "0")
@@ -61,6 +62,7 @@ def address(log: Path, process: subprocess.Popen[bytes]) -> str:
     """Wait for the address that a server logs, and for its readiness."""
     while not (found := re.search(r"http://127\.0\.0\.1:\d+", log.read_text())):
         assert process.poll() is None, log.read_text()
+        time.sleep(PAUSE)
     url = found[0]
     while True:
         assert process.poll() is None, log.read_text()
@@ -68,7 +70,7 @@ def address(log: Path, process: subprocess.Popen[bytes]) -> str:
             if httpx.get(f"{url}/readyz", timeout=PATIENCE).status_code == 200:
                 return url
         except httpx.TransportError:
-            continue
+            time.sleep(PAUSE)
 
 
 @pytest.mark.parametrize(

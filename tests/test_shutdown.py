@@ -167,10 +167,10 @@ async def test_work_that_ends_with_the_service_is_counted(monkeypatch):
         httpx.AsyncClient(transport=to_app, base_url="http://carso") as client,
     ):
         waiting = asyncio.create_task(client.post("/classify", json={"images": BATCH.tolist(), **ENDLESS}))
-        while not service.engine.in_flight:
+        while not sample((await client.get("/metrics")).text, 'carso_in_flight_requests{path="robust"}'):
             assert not waiting.done()
-            await asyncio.sleep(0.01)
-        service.engine.abandon()
+            await asyncio.sleep(PAUSE)
+        service.abandon()
         assert (await waiting).status_code == 503
         assert sample((await client.get("/metrics")).text, 'carso_cancellations_total{reason="stopping"}') == 1
 
