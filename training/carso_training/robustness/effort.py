@@ -1,0 +1,47 @@
+"""How hard a measurement tries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+EffortName = Literal["quick", "thorough"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """The budget of every attack. A figure's file repeats it."""
+
+    steps: int  # of APGD
+    targets: int  # other classes that targeted APGD aims at
+    restarts: int  # of PGD, with another random start each
+    pgd_steps: int  # of 2.5 eps / steps each
+    queries: int  # of Square and of random search
+    latents: int  # votes that stand for the expectation, at every step of every attack on CARSO
+    latents_of_square: int  # votes that stand for it in attacks without gradients; they stay the same for a whole batch
+    draws: int  # elections that an image must win
+
+
+EFFORTS: dict[EffortName, Effort] = {
+    # minutes on two cores for a hundred images: a look, and a baseline for tests
+    "quick": Effort(
+        steps=40,
+        targets=3,
+        restarts=2,
+        pgd_steps=40,
+        queries=500,
+        latents=8,
+        latents_of_square=4,
+        draws=2,
+    ),
+    "thorough": Effort(
+        steps=100,
+        targets=9,
+        restarts=5,
+        pgd_steps=200,
+        queries=5000,
+        latents=20,
+        latents_of_square=10,
+        draws=5,
+    ),
+}
