@@ -1,4 +1,4 @@
-"""Exit status 0 if the server of this container is ready, for HEALTHCHECK: the image has no curl."""
+"""Exit with 0 if the server of this container is ready, for HEALTHCHECK: the image has no curl."""
 
 import os
 import sys

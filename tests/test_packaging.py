@@ -98,7 +98,7 @@ def test_the_base_install_has_the_client_and_says_what_serving_needs(distributio
     assert not installed & {"numpy", "onnxruntime", "onnxruntime-gpu", "fastapi", "uvicorn", "pillow"}
     run(commands / "python", "-c", "from carso import AsyncClient, Client; Client().close()", cwd=tmp_path)
     assert PROJECT["version"] in run(commands / "carso", "--version", cwd=tmp_path)
-    for command, extra in ((("carso", "serve"), "carso[cpu]"), (("carso-train", "presets"), "carso[train")):
+    for command, extra in ((("carso", "serve"), "carso[cpu]"), (("carso-train", "presets"), "train]")):
         refused = ended(commands / command[0], command[1], cwd=tmp_path)
         assert refused.returncode == 1
         assert extra in refused.stderr

@@ -41,7 +41,8 @@ def rendered_with(overlay: str, components: tuple[str, ...], folder: Path) -> st
 
 
 def objects(content: str) -> list[Object]:
-    return [found for found in yaml.safe_load_all(content) if found]
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast, where PyYAML was built with it
+    return [found for found in yaml.load_all(content, loader) if found]
 
 
 def pod_specs(found: list[Object]) -> Iterator[Object]:

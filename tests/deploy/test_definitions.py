@@ -19,16 +19,12 @@ ROOT = Path(__file__).parents[2]
 DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 COMPOSE = ("docker-compose.yml", "compose.gpu.yml")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-# The extras that a lock file holds beside the base install, and what it holds in the place of something else.
-LOCKS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "cpu": ([], {"onnxruntime-gpu": "onnxruntime"}),
-    "gpu": (["cuda"], {}),
-    "training": (["train"], {"onnxruntime-gpu": "onnxruntime"}),
-}
+# The extras that a lock file holds beside the base install.
+LOCKS = {"cpu": ["cpu"], "gpu": ["gpu"], "training": ["cpu", "train"]}
 
 
 def locked(name: str) -> dict[str, str]:
-    """Versions by package, less what says how one was built (+cpu)."""
+    """Versions by package, without what says how one was built (+cpu)."""
     return dict(
         re.findall(r"^([\w-]+)==([^\s+]+)", (ROOT / f"docker/requirements-{name}.txt").read_text(), re.MULTILINE)
     )
@@ -42,7 +38,7 @@ needs_compose = pytest.mark.skipif(shutil.which("docker-compose") is None, reaso
 
 
 def composed(*files: str, **variables: str) -> dict[str, Any]:
-    """The files as compose 1.29 reads them together."""
+    """Read the files together, as compose 1.29 does."""
     command = [
         "docker-compose",
         *(option for file in files for option in ("--file", file)),
@@ -64,16 +60,33 @@ def test_hadolint_accepts_the_dockerfile() -> None:
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_holds_what_the_project_asks_for(name: str) -> None:
     """Run docker/lock after a change of the dependencies."""
-    extras, instead = LOCKS[name]
-    asked = [*PROJECT["dependencies"], *(each for extra in extras for each in PROJECT["optional-dependencies"][extra])]
-    names = {re.match(r"[\w-]+", each)[0] for each in asked}
-    assert {instead.get(each, each) for each in names} <= set(locked(name))
-    assert not set(instead) & set(locked(name))
+    names = {*names_of(PROJECT["dependencies"]), *names_of([f"carso[{','.join(LOCKS[name])}]"])}
+    assert names <= set(locked(name))
+    assert len({"onnxruntime", "onnxruntime-gpu"} & set(locked(name))) == 1
+
+
+def names_of(requirements: list[str]) -> list[str]:
+    """Names of packages, with those of the project's own extras in the place of these."""
+    found = []
+    for requirement in requirements:
+        if extras := re.match(r"carso\[([\w,]+)\]", requirement):
+            for extra in extras[1].split(","):
+                found += names_of(PROJECT["optional-dependencies"][extra])
+        else:
+            found.append(re.match(r"[\w-]+", requirement)[0])
+    return found
+
+
+def test_every_package_of_every_extra_is_pinned() -> None:
+    extras = PROJECT["optional-dependencies"]
+    names = {*names_of(PROJECT["dependencies"]), *(name for extra in extras for name in names_of([f"carso[{extra}]"]))}
+    assert names <= set(pinned())
 
 
 @pytest.mark.parametrize("name", LOCKS)
 def test_a_lock_has_the_versions_that_the_tests_run_with(name: str) -> None:
-    pins = pinned() | {"onnxruntime": pinned()["onnxruntime-gpu"]}
+    pins = pinned()
+    assert pins["onnxruntime"] == pins["onnxruntime-gpu"]
     assert {package: version for package, version in locked(name).items() if package in pins}.items() <= pins.items()
 
 

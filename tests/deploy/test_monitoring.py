@@ -8,14 +8,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
-from carso.bundle import Bundle
-from carso.http.server import Lifecycle
-from carso.inference.engine import Engine
-from carso.inference.pipeline import Pipeline
-from carso.inference.sessions import Sessions
-from carso.telemetry.metrics import Metrics
-from carso.telemetry.probes import Probes
+from carso.app import build
+from carso.settings import Settings
 
 from tests.deploy.dashboard import Query, annotations, choices, dashboard, queries
 
@@ -24,6 +20,7 @@ promql_parser = pytest.importorskip("promql_parser", reason="pip install '.[depl
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "docker/prometheus"
+DIGIT = (ROOT / "docs/samples/2-clean.png").read_bytes()
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is missing")
 
 
@@ -74,16 +71,19 @@ def test_every_query_of_the_dashboard_is_promql(query: Query) -> None:
     promql_parser.parse(query.expr)
 
 
-def test_alerts_and_dashboard_use_only_metrics_that_the_service_or_a_rule_makes() -> None:
-    bundle = Bundle.load(ROOT / "models/mnist-fcn")
-    metrics = Metrics(bundle, device="cpu", provider="CPUExecutionProvider", precision="float32")
-    sessions = Sessions(bundle, device="cpu", threads=1)
-    pipeline = Pipeline(sessions, latent=bundle.manifest.latent, classes=len(bundle.manifest.classes), round_rows=128)
-    engine = Engine(pipeline, observe=metrics.step, queue_rows={"robust": 1, "fast": 1})
-    metrics.watch(engine, Probes(engine, Lifecycle(), watchdog=1))
-    metrics.request(endpoint="/classify", code=200, seconds=0.1)
-    metrics.refusal("overloaded")
-    made = set(re.findall(r"^(\w+)[{ ]", metrics.page().decode(), re.MULTILINE)) | {"up", "ALERTS"}
+async def test_alerts_and_dashboard_use_only_metrics_that_the_service_or_a_rule_makes() -> None:
+    app = build(Settings(device="cpu", threads=1)).app
+    transport = httpx.ASGITransport(app)
+    async with (
+        app.router.lifespan_context(app),
+        httpx.AsyncClient(transport=transport, base_url="http://carso") as client,
+    ):
+        for path in ("/classify", "/classify/fast"):
+            answer = await client.post(path, content=DIGIT, headers={"content-type": "image/png"})
+            assert answer.status_code == 200
+        assert (await client.post("/classify", content=b"")).status_code >= 400
+        page = (await client.get("/metrics")).text
+    made = set(re.findall(r"^(\w+)[{ ]", page, re.MULTILINE)) | {"up", "ALERTS"}
     made |= {rule["record"] for rule in rules() if "record" in rule}
     asked = [query.expr for query in everything_asked()] + [rule["expr"] for rule in rules()]
     named = set(re.findall(r"\b(?:carso|process)[_:][\w:]+|\bup\b|\bALERTS\b", " ".join(asked)))
