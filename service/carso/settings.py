@@ -240,9 +240,7 @@ class Settings(BaseModel):
         self._options = info.context or frozenset()
         largest = self.max_images * price_of(self.max_samples)
         images, samples = self.called("max_images"), self.called("max_samples")
-        self._at_least(
-            "queue_rows", largest, f"what {images} {self.max_images} at {samples} {self.max_samples} owe"
-        )
+        self._at_least("queue_rows", largest, f"what {images} {self.max_images} at {samples} {self.max_samples} owe")
         self._at_least("fast_queue_rows", self.max_images, images)
         self._at_least("bodies_bytes", self.max_body_bytes, self.called("max_body_bytes"))
         return self
