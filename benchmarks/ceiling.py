@@ -8,10 +8,9 @@ import numpy as np
 import onnxruntime as ort
 import torch
 from carso.bundle import Bundle
+from carso_training.export.weights import classifier_of, purifier_of
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
-
-from benchmarks.weights import classifier_of, purifier_of
 
 Shape = tuple[int, int]  # inputs, outputs
 

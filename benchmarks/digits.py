@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 
 import torch
-from carso_training.data import load
+from carso_training.datasets.mnist import MNIST
 from PIL import Image
 
 
 def png_digits(count: int, *, seed: int = 0) -> list[bytes]:
     """PNG files of `count` different MNIST test images, drawn at random."""
-    data = load("test")
+    data = MNIST.load("test")
     rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:count]
     return [_png(Image.fromarray(image[0].numpy())) for image in data.images[rows]]
 

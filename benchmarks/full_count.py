@@ -9,10 +9,9 @@ from carso.bundle import Bundle
 from carso.inference.jobs import VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import FirstPass, Sessions
-from carso_training.graphs import VoteGraph
+from carso_training.export.graphs import VoteGraph
+from carso_training.export.weights import classifier_of, purifier_of
 from carso_training.networks import Classifier, Purifier
-
-from benchmarks.weights import classifier_of, purifier_of
 
 
 class DeadHeat:
@@ -64,7 +63,7 @@ class TorchWays:
         """`image`: [1, *shape]."""
         self._classifier: Classifier = classifier_of(bundle)
         self._purifier: Purifier = purifier_of(bundle)
-        self._folded = VoteGraph(self._classifier, self._purifier).eval()
+        self._folded = VoteGraph(self._purifier, second_pass=self._classifier).eval()
         self._image = torch.from_numpy(image)
         self._samples, self._latent = bundle.manifest.samples, bundle.manifest.latent
 

@@ -14,14 +14,14 @@ import torch
 import typer
 from carso.bundle import Bundle
 from carso.inference.sessions import Sessions
-from carso_training.attacked import attacked_batches
-from carso_training.attacks import PUBLISHED
-from carso_training.data import load
+from carso_training.attacks.batches import attacked_batches
+from carso_training.datasets.mnist import MNIST
+from carso_training.export.weights import classifier_of
+from carso_training.robustness.published import PUBLISHED_ATTACKS
 from rich.progress import track
 
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
 from benchmarks.timing import interleaved, ratios, spread
-from benchmarks.weights import classifier_of
 
 ROWS = (12, 64, 256, 1500)
 CHUNK = 20  # images whose votes are cast in one run
@@ -86,11 +86,11 @@ def main(
     shown.add_row(*(spread(speed[rows]) for rows in ROWS))
     console.print(shown)
 
-    data = load("test")
+    data = MNIST.load("test")
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:images]]
     classifier = classifier_of(loaded)
     found = []
-    for place, attack in enumerate(PUBLISHED):
+    for place, attack in enumerate(PUBLISHED_ATTACKS):
         attacked = torch.cat([*attacked_batches(classifier, attack, data, seed=place, quiet=True)]).numpy()
         found.append(
             compare(attack.name, plain, int8, attacked, data.labels.numpy(), votes=votes, latent=loaded.manifest.latent)

@@ -20,14 +20,15 @@ from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
 from carso.inference.vote import StoppingRule
 from carso.settings import Settings
-from carso_training.attacked import attacked_batches
-from carso_training.attacks import PUBLISHED
-from carso_training.data import Dataset, load
+from carso_training.attacks.batches import attacked_batches
+from carso_training.datasets.examples import Examples
+from carso_training.datasets.mnist import MNIST
+from carso_training.export.weights import classifier_of
+from carso_training.robustness.published import PUBLISHED_ATTACKS
 from rich.progress import Progress
 
 from benchmarks.replay import cast_all, one_by_one, replay
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
-from benchmarks.weights import classifier_of
 
 RISKS = (1e-2, 1e-3, 1e-6, 0.0)
 PERCENTILES = (50, 90, 99)
@@ -63,12 +64,12 @@ class Row:
     fast_right: int  # of the fast path
 
 
-def full_counts(bundle: Bundle, sessions: Sessions, data: Dataset, *, seed: int) -> Iterator[Elections]:
+def full_counts(bundle: Bundle, sessions: Sessions, data: Examples, *, seed: int) -> Iterator[Elections]:
     """Attack by attack, the elections of all images of `data`; an image's place is its seed."""
     classifier = classifier_of(bundle)
     samples, latent = bundle.manifest.samples, bundle.manifest.latent
     with Progress(console=progress_console, transient=True) as progress:
-        for place, attack in enumerate(PUBLISHED):
+        for place, attack in enumerate(PUBLISHED_ATTACKS):
             batches = attacked_batches(classifier, attack, data, seed=seed + place, quiet=True)
             images = torch.cat(list(batches)).numpy()
             task = progress.add_task(attack.name, total=len(images))
@@ -178,7 +179,7 @@ def main(
     loaded = Bundle.load(bundle)
     manifest = loaded.manifest
     known = begin("votes", loaded)
-    data = load("test")
+    data = MNIST.load("test")
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))[:images]]
     sessions = Sessions(loaded)
     pipeline = Pipeline(

@@ -10,38 +10,59 @@ import fcntl
 import hashlib
 import shutil
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import carso.bundle
+import carso_training
 import numpy as np
+import onnx
 import torch
-from carso.bundle import sealed
-from carso_training.export import export
-from carso_training.networks import Classifier, ClassifierConfig, Purifier, PurifierConfig, SystemConfig
+from carso.bundle import Bundle, BundleError, sealed
+from carso_training.export.files import export
+from carso_training.networks.fcn import FcnClassifier, FcnClassifierConfig, FcnPurifier, FcnPurifierConfig
+from carso_training.recipe import PRESETS
 from torch import nn
 
-ROOT = Path(__file__).parents[1]
-CACHE = ROOT / ".pytest_cache" / "bundles"
 
-REFERENCE = SystemConfig()  # the published sizes
-SMALL = SystemConfig(
-    classifier=ClassifierConfig(input_shape=(1, 8, 8), hidden=(24, 16), classes=10),
-    purifier=PurifierConfig(
-        input_shape=(1, 8, 8),
-        representation=24 + 16 + 10,
+@dataclass(frozen=True)
+class SystemConfig:
+    """Both networks of one system; the purifier's representation size must be the classifier's."""
+
+    classifier: FcnClassifierConfig
+    purifier: FcnPurifierConfig
+
+
+def _small(*, input_shape: tuple[int, int, int], classes: int) -> SystemConfig:
+    classifier = FcnClassifierConfig(input_shape=input_shape, hidden=(24, 16), classes=classes, mean=0.1307, std=0.3081)
+    purifier = FcnPurifierConfig(
+        input_shape=input_shape,
+        representation=classifier.representation,
         input_encoder=(20, 12),
         code_encoder=(20, 8),
         encoder=(16, 12),
         latent=6,
         decoder=(40, 32),
+    )
+    return SystemConfig(classifier, purifier)
+
+
+REFERENCE = SystemConfig(PRESETS["mnist-fcn"].classifier, PRESETS["mnist-fcn"].purifier)  # the published sizes
+SMALL = _small(input_shape=(1, 8, 8), classes=10)
+COLOUR = _small(input_shape=(3, 6, 5), classes=3)  # three channels, not square, three classes: nothing of it is MNIST's
+
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "bundles"
+# All that decides what an export writes
+SOURCES = (
+    Path(__file__),
+    Path(carso.bundle.__file__),
+    *(
+        path
+        for room in ("export", "networks")
+        for path in sorted(Path(carso_training.__file__).parent.glob(f"{room}/*.py"))
     ),
-)
-COLOUR = SystemConfig(  # three channels, not square, three classes: nothing of it is MNIST's
-    classifier=ClassifierConfig(input_shape=(3, 6, 5), hidden=(24, 16), classes=3),
-    purifier=replace(SMALL.purifier, input_shape=(3, 6, 5), representation=24 + 16 + 3),
 )
 
 CODE_WEIGHT = 6.0  # in the decoder's first layer: how far images differ from each other
@@ -49,11 +70,11 @@ LATENT_WEIGHT = 1.0  # and how far the votes of one image do
 LAYER_WEIGHT = 3.0  # of all other layers: PyTorch's own start would let every signal fade
 
 
-def random_system(config: SystemConfig = SMALL, *, seed: int = 0) -> tuple[Classifier, Purifier]:
+def random_system(config: SystemConfig = SMALL, *, seed: int = 0) -> tuple[FcnClassifier, FcnPurifier]:
     """Both networks with seeded random weights and batch norm statistics, in eval mode."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(seed)
-        classifier, purifier = Classifier(config.classifier).eval(), Purifier(config.purifier).eval()
+        classifier, purifier = FcnClassifier(config.classifier).eval(), FcnPurifier(config.purifier).eval()
         for module in (*classifier.modules(), *purifier.modules()):
             if isinstance(module, nn.Linear):
                 module.weight *= LAYER_WEIGHT
@@ -69,7 +90,7 @@ def random_system(config: SystemConfig = SMALL, *, seed: int = 0) -> tuple[Class
     return classifier, purifier
 
 
-def _give_every_class_a_chance(classifier: Classifier, purifier: Purifier) -> None:
+def _give_every_class_a_chance(classifier: FcnClassifier, purifier: FcnPurifier) -> None:
     """Standardise the scores of each class, before the last Mish, over the votes on random images."""
     images = torch.rand(2000, *purifier.config.input_shape)
     codes = purifier.encode(classifier.represent(images).representation)
@@ -89,7 +110,8 @@ def random_images(count: int, config: SystemConfig = SMALL, *, seed: int = 0) ->
 def write_bundle(folder: Path, config: SystemConfig = SMALL, *, seed: int = 0, **manifest: Any) -> Path:
     """Export and seal a random bundle; `manifest` replaces fields of it. Returns the folder."""
     classifier, purifier = random_system(config, seed=seed)
-    export(classifier, purifier, torch.from_numpy(random_images(8, config, seed=seed)), folder=folder)
+    images = torch.from_numpy(random_images(8, config, seed=seed))
+    export(classifier=classifier, purifier=purifier, images=images, folder=folder)
     fields = {
         "name": "random",
         "version": "0.0.1",
@@ -99,7 +121,12 @@ def write_bundle(folder: Path, config: SystemConfig = SMALL, *, seed: int = 0, *
         "code": config.purifier.code,
         "latent": config.purifier.latent,
         "samples": 1500,
-        "recipe": {"name": "random", "seed": seed},
+        "recipe": {
+            "name": "random",
+            "seed": seed,
+            "classifier": config.classifier.model_dump(mode="json"),
+            "purifier": config.purifier.model_dump(mode="json"),
+        },
         "table": [],
     }
     sealed(folder, fields | manifest)
@@ -107,32 +134,39 @@ def write_bundle(folder: Path, config: SystemConfig = SMALL, *, seed: int = 0, *
 
 
 def shared_bundle(config: SystemConfig = SMALL) -> Path:
-    """One random bundle for all processes of a test run: not to be written to; damage a copy of it.
+    """One random bundle for all tests: not to be written to; damage a copy of it.
 
-    To export one takes seconds, so it is kept for the next run too, as long as no source of it changes.
+    An export takes seconds, so it is kept in pytest's cache for all processes, and for later runs of the same code.
     """
-    return _shared_bundle(config)
+    return _shared_bundle(config.classifier.model_dump_json(), config.purifier.model_dump_json())
 
 
 @cache
-def _shared_bundle(config: SystemConfig) -> Path:
-    folder = CACHE / hashlib.sha256(f"{_sources()} {config}".encode()).hexdigest()[:16]
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with folder.with_suffix(".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            made = write_bundle(Path(tempfile.mkdtemp(dir=CACHE)), config)
-            made.rename(folder)
+def _shared_bundle(classifier: str, purifier: str) -> Path:
+    config = SystemConfig(
+        FcnClassifierConfig.model_validate_json(classifier), FcnPurifierConfig.model_validate_json(purifier)
+    )
+    made_of = hashlib.sha256(f"{torch.__version__} {onnx.__version__}".encode())
+    for path in SOURCES:
+        made_of.update(path.read_bytes())
+    name = hashlib.sha256(f"{classifier}{purifier}".encode()).hexdigest()[:8]
+    folder = CACHE / f"{name}-{made_of.hexdigest()[:8]}"
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # one process makes it, the others wait
+        if not _is_intact(folder):
+            for old in CACHE.glob(f"{name}-*"):
+                shutil.rmtree(old)
+            with tempfile.TemporaryDirectory(dir=CACHE) as part:
+                write_bundle(Path(part) / "bundle", config).replace(folder)
     return folder
 
 
-@cache
-def _sources() -> str:
-    """A checksum of all that decides what is exported."""
-    files = [Path(__file__), *(ROOT / "service/carso").glob("bundle.py"), *(ROOT / "training").rglob("*.py")]
-    sources = b"".join(path.read_bytes() for path in sorted(files))
-    versions = [version(package) for package in ("torch", "onnx", "onnxscript", "onnxruntime", "numpy")]
-    return hashlib.sha256(sources + repr(versions).encode()).hexdigest()
+def _is_intact(folder: Path) -> bool:
+    try:
+        return bool(Bundle.load(folder))
+    except BundleError:
+        return False
 
 
 def copy_of(bundle: Path, folder: Path) -> Path:

@@ -9,22 +9,23 @@ import foolbox
 import pytest
 import torch
 import torch.nn.functional as F
-from carso_training import data
-from carso_training.attacks import (
-    PUBLISHED,
-    Attack,
-    attack_images,
-    attacked_in_eval_mode,
-    deepfool,
-    fgsm,
-    pgd,
-    project,
-)
-from carso_training.networks import Classifier, ClassifierConfig
+from carso_training.attacks import CLEAN, METHODS, Attack, attack_named
+from carso_training.attacks.batches import attacked_batches
+from carso_training.attacks.deepfool import deepfool
+from carso_training.attacks.fgsm import fgsm
+from carso_training.attacks.linf import project
+from carso_training.attacks.model import attacked_in_eval_mode
+from carso_training.attacks.pgd import pgd
+from carso_training.datasets import dataset
+from carso_training.datasets.examples import Examples
+from carso_training.networks.fcn import FcnClassifier
+from carso_training.recipe import PRESETS
+from carso_training.robustness.published import PUBLISHED_ATTACKS
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+CONFIG = PRESETS["mnist-fcn"].classifier
 ROUNDING = 1e-6  # of float32 in x + eps - x
 
 
@@ -38,16 +39,16 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def mnist() -> data.Dataset:
-    return data.load("test")
+def mnist() -> Examples:
+    return dataset("mnist").load("test")
 
 
 @pytest.fixture(scope="module")
-def classifier(mnist) -> Classifier:
+def classifier(mnist) -> FcnClassifier:
     """Trained for seconds, on clean images only."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        classifier = Classifier(ClassifierConfig())
+        classifier = FcnClassifier(CONFIG)
         optimizer = torch.optim.Adam(classifier.parameters(), lr=2e-3)
         for rows in torch.randperm(9000).repeat(8).split(256):
             optimizer.zero_grad()
@@ -66,7 +67,7 @@ def labels(mnist) -> Tensor:
     return mnist.labels[9000:9200]
 
 
-def accuracy(classifier: Classifier, images: Tensor, labels: Tensor) -> float:
+def accuracy(classifier: FcnClassifier, images: Tensor, labels: Tensor) -> float:
     return (classifier(images).argmax(dim=1) == labels).float().mean().item()
 
 
@@ -89,7 +90,7 @@ class Case:
 
 FOOLBOX_PGD = foolbox.attacks.LinfPGD(abs_stepsize=0.01, steps=40, random_start=False)
 CASES = {
-    f"{kind} {eps}": Case(Attack(kind, eps), theirs)
+    f"{kind} {eps}": Case(Attack(METHODS[kind], eps), theirs)
     for eps in (0.05, 0.15, 0.30, 0.50)
     for kind, theirs in (
         ("fgsm", foolbox_descent(foolbox.attacks.LinfFastGradientAttack(), eps)),
@@ -110,7 +111,7 @@ def no_noise(monkeypatch):
 def test_an_attack_makes_the_images_that_foolbox_makes(classifier, images, labels, name):
     """All but a few pixels, where a gradient of all but zero has another sign in another order of summation."""
     case = CASES[name]
-    ours = attack_images(classifier, case.ours, images, labels)
+    ours = case.ours.images(classifier, images, labels)
     theirs = case.theirs(foolbox.PyTorchModel(classifier, bounds=(0, 1)), images, labels)
     assert ((ours - theirs).abs() > 1e-4).float().mean() < 1e-3
     assert accuracy(classifier, ours, labels) == pytest.approx(accuracy(classifier, theirs, labels), abs=0.011)
@@ -123,10 +124,10 @@ def test_a_random_start_is_as_strong_as_that_of_foolbox(classifier, images, labe
     assert accuracy(classifier, ours, labels) == pytest.approx(accuracy(classifier, theirs, labels), abs=0.05)
 
 
-@pytest.mark.parametrize("attack", PUBLISHED, ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", PUBLISHED_ATTACKS, ids=lambda attack: attack.name)
 def test_an_attacked_image_is_in_the_eps_ball_and_in_the_pixel_range(classifier, images, labels, attack):
     clean = images.clone()
-    attacked = attack_images(classifier, attack, images, labels)
+    attacked = attack.images(classifier, images, labels)
     assert attacked.shape == images.shape
     assert attacked.dtype == torch.float32
     assert not attacked.requires_grad
@@ -136,15 +137,15 @@ def test_an_attacked_image_is_in_the_eps_ball_and_in_the_pixel_range(classifier,
     assert torch.equal(images, clean)  # the caller's images are left as they were
 
 
-@pytest.mark.parametrize("attack", PUBLISHED[1:], ids=lambda attack: attack.name)
+@pytest.mark.parametrize("attack", PUBLISHED_ATTACKS[1:], ids=lambda attack: attack.name)
 def test_every_attack_of_the_table_fools_an_undefended_classifier(classifier, images, labels, attack):
     assert accuracy(classifier, images, labels) > 0.9
-    assert accuracy(classifier, attack_images(classifier, attack, images, labels), labels) < 0.3
+    assert accuracy(classifier, attack.images(classifier, images, labels), labels) < 0.3
 
 
 def test_pgd_is_stronger_than_fgsm(classifier, images, labels):
     by_fgsm, by_pgd = (
-        accuracy(classifier, attack_images(classifier, Attack(kind, 0.05), images, labels), labels)
+        accuracy(classifier, Attack(METHODS[kind], 0.05).images(classifier, images, labels), labels)
         for kind in ("fgsm", "pgd")
     )
     assert by_pgd < by_fgsm
@@ -171,9 +172,9 @@ def test_deepfool_of_nothing_but_misclassified_images_returns_them(classifier, i
 
 
 def test_an_image_is_attacked_the_same_way_whatever_is_in_its_batch(classifier, images, labels):
-    for attack in (Attack("fgsm", 0.3), Attack("deepfool", 0.3)):
-        together = attack_images(classifier, attack, images[:20], labels[:20])
-        parts = [attack_images(classifier, attack, images[i : i + 1], labels[i : i + 1]) for i in range(20)]
+    for attack in (attack_named("fgsm-0.30"), attack_named("deepfool-0.30")):
+        together = attack.images(classifier, images[:20], labels[:20])
+        parts = [attack.images(classifier, images[i : i + 1], labels[i : i + 1]) for i in range(20)]
         assert ((together - torch.cat(parts)).abs() > 1e-4).float().mean() < 1e-3
 
 
@@ -222,7 +223,7 @@ def test_a_projection_is_the_nearest_image_of_ball_and_range(eps, image, moved):
 @pytest.mark.parametrize("training", [True, False])
 def test_making_attacks_changes_nothing_of_the_model(mnist, kind, training):
     torch.manual_seed(0)
-    model = Classifier(ClassifierConfig()).train(training)
+    model = FcnClassifier(CONFIG).train(training)
     model.hidden[0].requires_grad_(False)
     modes = [module.training for module in model.modules()]
     required = [p.requires_grad for p in model.parameters()]
@@ -231,7 +232,7 @@ def test_making_attacks_changes_nothing_of_the_model(mnist, kind, training):
     with attacked_in_eval_mode(model) as attacked:
         assert not attacked.training
         assert not any(p.requires_grad for p in attacked.parameters())
-        attack_images(attacked, Attack(kind, 0.3), mnist.pixels(slice(32)), mnist.labels[:32])
+        Attack(METHODS[kind], 0.3).images(attacked, mnist.pixels(slice(32)), mnist.labels[:32])
 
     assert [module.training for module in model.modules()] == modes
     assert [p.requires_grad for p in model.parameters()] == required
@@ -241,7 +242,7 @@ def test_making_attacks_changes_nothing_of_the_model(mnist, kind, training):
 
 
 def test_a_model_comes_back_as_it_was_after_an_error_too():
-    model = Classifier(ClassifierConfig()).train()
+    model = FcnClassifier(CONFIG).train()
     with pytest.raises(RuntimeError, match="out of memory"), attacked_in_eval_mode(model):
         raise RuntimeError("out of memory")
     assert model.training
@@ -249,7 +250,49 @@ def test_a_model_comes_back_as_it_was_after_an_error_too():
 
 
 def test_the_rows_of_the_published_table_have_names_of_their_own():
-    names = [attack.name for attack in PUBLISHED]
+    names = [attack.name for attack in PUBLISHED_ATTACKS]
     assert names[0] == "clean"
     assert "pgd-0.30" in names
     assert len(set(names)) == len(names) == 10
+
+
+@given(method=st.sampled_from(sorted(METHODS)), eps=st.floats(1e-4, 1))
+def test_a_name_reads_back_to_the_attack_that_has_it(method, eps):
+    attack = Attack(METHODS[method], 0.0 if method == "none" else float(f"{eps:.3g}"))
+    assert attack_named(attack.name) == attack
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("pgd", "there is no attack 'pgd'"),
+        ("foo-0.30", "one of .*fgsm.*as in fgsm-0.15"),
+        ("none-0.30", "there is no attack"),
+        ("pgd-much", "ends in 'much', which is not an eps"),
+        ("pgd-0.00", "ends in '0.00'; an eps is a positive number"),
+        ("pgd-nan", "an eps is a positive number"),
+        ("pgd-0.3", "is written 'pgd-0.30'"),
+        ("", "there is no attack ''"),
+    ],
+)
+def test_a_name_of_no_attack_is_refused_with_what_is_wrong(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        attack_named(name)
+
+
+def test_a_threat_records_how_strong_the_attack_was():
+    threat = attack_named("pgd-0.30").threat("classifier")
+    assert (threat.attack, threat.norm, threat.eps, threat.sees) == ("pgd", "linf", 0.30, "classifier")
+    assert threat.settings == {"steps": 40, "step_size": 0.01}
+    assert CLEAN.threat("classifier").sees == "nothing"
+
+
+def test_batches_come_in_the_order_of_the_data_and_a_seed_decides_them(classifier, mnist):
+    data = mnist[slice(1300)]
+    one, same, other = (
+        torch.cat([*attacked_batches(classifier, Attack(METHODS["pgd"], 0.01), data, seed=seed, quiet=True)])
+        for seed in (1, 1, 2)
+    )
+    assert (one - data.pixels()).abs().max() <= 0.01 + ROUNDING
+    assert torch.equal(one, same)
+    assert not torch.equal(one, other)

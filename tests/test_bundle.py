@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from carso.bundle import REQUIRED, VOTE_INT8, Bundle, BundleError, sealed
+from carso.bundle import REQUIRED, VOTE_INT8, Bundle, BundleError, Cell, Threat, sealed
 
-from tests.bundles import COLOUR, SMALL, copy_of, random_images, shared_bundle, write_bundle
+from tests.bundles import COLOUR, SMALL, copy_of, random_images, shared_bundle
 
 FILES = [*REQUIRED, VOTE_INT8, "classifier.safetensors", "code_encoder.safetensors", "decoder.safetensors"]
 
@@ -44,24 +44,30 @@ def self_test_arrays(folder: Path) -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize("config", [SMALL, COLOUR], ids=["grey", "colour"])
 def test_a_bundle_comes_back_as_it_was_sealed(config, tmp_path):
-    folder = write_bundle(
-        tmp_path,
-        config,
-        name="round-trip",
-        version="1.2.3",
-        samples=77,
-        recipe={"epochs": 3, "note": ["any", "JSON"]},
-        table=[
+    folder = copy_of(shared_bundle(config), tmp_path / "bundle")
+    before = Bundle.load(folder).manifest.model_dump(exclude={"schema_version", "files"})
+    changes = {
+        "name": "round-trip",
+        "version": "1.2.3",
+        "samples": 77,
+        "recipe": {"epochs": 3, "note": ["any", "JSON"]},
+        "table": [
             {
-                "attack": "pgd-0.30",
-                "column": "CARSO",
-                "kind": "transfer",
+                "defence": "carso",
+                "threat": {
+                    "attack": "pgd",
+                    "norm": "linf",
+                    "eps": 0.3,
+                    "sees": "classifier",
+                    "settings": {"steps": 40, "step_size": 0.01, "start": "uniform"},
+                },
                 "correct": 9321,
                 "images": 10_000,
                 "published": 86.27,
             }
         ],
-    )
+    }
+    sealed(folder, before | changes)
     bundle = Bundle.load(folder)
     manifest = bundle.manifest
     assert (manifest.name, manifest.version, manifest.samples) == ("round-trip", "1.2.3", 77)
@@ -69,7 +75,10 @@ def test_a_bundle_comes_back_as_it_was_sealed(config, tmp_path):
     assert (manifest.code, manifest.latent) == (config.purifier.code, config.purifier.latent)
     assert len(manifest.classes) == config.classifier.classes
     assert manifest.recipe == {"epochs": 3, "note": ["any", "JSON"]}
-    assert manifest.table[0].accuracy == pytest.approx(93.21)
+    cell = manifest.table[0]
+    assert cell.accuracy == pytest.approx(93.21)
+    assert (cell.kind, cell.threat.name) == ("transfer", "pgd-0.30")
+    assert cell.threat.settings == {"steps": 40, "step_size": 0.01, "start": "uniform"}
     assert bundle.first_pass == (folder / "first_pass.onnx").read_bytes()
     assert bundle.vote == (folder / "vote.onnx").read_bytes()
     assert bundle.checksum == hashlib.sha256((folder / "manifest.json").read_bytes()).hexdigest()
@@ -118,32 +127,56 @@ def test_a_folder_in_place_of_a_file_is_refused(bundle):
         Bundle.load(bundle)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"not JSON"], ids=repr)
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"not JSON", b"[" * 100_000], ids=lambda c: repr(c[:8]))
 def test_a_manifest_that_is_not_json_is_refused(bundle, content):
     (bundle / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json is not JSON .*Copy the bundle again"):
         Bundle.load(bundle)
 
 
-@pytest.mark.parametrize("version", [0, 2, "1", None])
+@pytest.mark.parametrize("version", [0, 1, 3, "2", None])
 def test_another_schema_version_is_refused_before_anything_else_is_judged(bundle, version):
     def edit(manifest):
         manifest["schema_version"] = version
         manifest["a field of the future"] = True
 
     edit_manifest(bundle, edit)
-    with pytest.raises(BundleError, match=rf"has schema version {version!r}; this release reads 1") as e:
+    with pytest.raises(BundleError, match=rf"has schema version {version!r}; this release reads 2") as e:
         Bundle.load(bundle)
     assert str(bundle / "manifest.json") in str(e.value)
 
 
-def test_a_manifest_that_is_no_object_is_refused(bundle):
+def test_a_manifest_that_is_not_an_object_is_refused(bundle):
     (bundle / "manifest.json").write_text("[1]")
     with pytest.raises(BundleError, match="has schema version None"):
         Bundle.load(bundle)
 
 
+CELL = {
+    "defence": "carso",
+    "threat": {"attack": "pgd", "norm": "linf", "eps": 0.3, "sees": "classifier", "settings": {}},
+    "correct": 5,
+    "images": 10,
+    "published": None,
+}
+
+
+def with_cell(**changes):
+    """Put one cell into a manifest's table, changed; a change of the threat goes by `threat`."""
+    threat = CELL["threat"] | changes.pop("threat", {})
+    return lambda manifest: manifest.update(table=[CELL | {"threat": threat} | changes])
+
+
 MANIFEST_DAMAGES = {
+    "a cell of schema 1": (lambda m: m.update(table=[{"attack": "clean", "column": "IAT"}]), "table.0"),
+    "more correct than images": (with_cell(correct=11), "11 of 10 images"),
+    "an unknown norm": (with_cell(threat={"norm": "l7"}), "table.0.threat.norm"),
+    "an unknown view": (with_cell(threat={"sees": "everything"}), "table.0.threat.sees"),
+    "an attack without eps": (with_cell(threat={"eps": 0.0}), "eps 0.0"),
+    "eps is not a number": (with_cell(threat={"eps": "NaN"}), "table.0.threat.eps"),
+    "an attack that sees nothing": (with_cell(threat={"sees": "nothing"}), "sees 'nothing'"),
+    "a published share, not percent": (with_cell(published=101.0), "table.0.published"),
+    "a setting that is a list": (with_cell(threat={"settings": {"steps": [1]}}), "table.0.threat.settings"),
     "a field is missing": (lambda m: m.pop("samples"), "samples"),
     "a field is unknown": (lambda m: m.update(colour="red"), "colour"),
     "one class only": (lambda m: m.update(classes=["0"]), "classes"),
@@ -164,10 +197,41 @@ MANIFEST_DAMAGES = {
 def test_an_invalid_manifest_is_refused_by_field(bundle, damage):
     edit, field = MANIFEST_DAMAGES[damage]
     edit_manifest(bundle, edit)
-    with pytest.raises(BundleError, match=r"is not a valid manifest.*Export the bundle anew") as e:
+    with pytest.raises(BundleError, match=r"is not a valid manifest.*Export the bundle again") as e:
         Bundle.load(bundle)
     assert str(bundle / "manifest.json") in str(e.value)
     assert field in str(e.value)
+
+
+KINDS = {
+    ("undefended", "classifier"): "white-box",
+    ("classifier", "classifier"): "white-box",
+    ("classifier", "system"): "transfer",
+    ("classifier", "answers"): "black-box",
+    ("carso", "classifier"): "transfer",
+    ("carso", "system"): "adaptive",
+    ("carso", "answers"): "black-box",
+    ("another defence", "system"): "adaptive",
+    ("another defence", "classifier"): "transfer",
+}
+
+
+@pytest.mark.parametrize(("defence", "sees"), KINDS)
+def test_what_an_accuracy_tells_follows_from_the_defence_and_what_the_attacker_sees(defence, sees):
+    threat = Threat.model_validate(CELL["threat"] | {"sees": sees})
+    cell = Cell(defence=defence, threat=threat, correct=1, images=2, published=None)
+    assert cell.kind == KINDS[defence, sees]
+
+
+def test_a_clean_cell_is_neither_transfer_nor_adaptive():
+    threat = Threat(attack="none", norm="linf", eps=0.0, sees="nothing")
+    cell = Cell(defence="carso", threat=threat, correct=1, images=2, published=None)
+    assert (cell.kind, threat.name) == ("clean", "clean")
+
+
+@pytest.mark.parametrize(("eps", "name"), [(0.3, "pgd-0.30"), (1.5, "pgd-1.50"), (8 / 255, "pgd-0.0313725")])
+def test_a_threat_is_named_by_its_attack_and_eps(eps, name):
+    assert Threat.model_validate(CELL["threat"] | {"eps": eps}).name == name
 
 
 @pytest.mark.parametrize("name", ["images", "latents", "code_index", "probabilities", "codes", "votes"])
@@ -176,7 +240,7 @@ def test_a_self_test_array_of_the_wrong_shape_is_refused_by_name(bundle, name):
     arrays[name] = arrays[name][..., None]
     np.savez(bundle / "self_test.npz", **arrays)
     reseal(bundle)
-    with pytest.raises(BundleError, match=rf"self_test\.npz: {name} has shape .*Export the bundle anew"):
+    with pytest.raises(BundleError, match=rf"self_test\.npz: {name} has shape .*Export the bundle again"):
         Bundle.load(bundle)
 
 
@@ -193,7 +257,7 @@ def test_a_self_test_without_one_of_its_arrays_is_refused(bundle):
     del arrays["votes"]
     np.savez(bundle / "self_test.npz", **arrays)
     reseal(bundle)
-    with pytest.raises(BundleError, match=r"is not a self-test .*votes.*Export the bundle anew"):
+    with pytest.raises(BundleError, match=r"is not a self-test .*votes.*Export the bundle again"):
         Bundle.load(bundle)
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
-from carso.bundle import Bundle
+from carso.bundle import Bundle, sealed
 from carso.inference.sessions import Sessions
-from carso_training.graphs import fold
-from carso_training.networks import Classifier, Purifier
+from carso_training.export.files import export
+from carso_training.export.graphs import FirstPassGraph, VoteGraph
+from carso_training.export.weights import classifier_of, purifier_of, second_pass_of
+from carso_training.networks.fcn import FcnClassifier, FcnPurifier
+from carso_training.networks.folding import fold
+from carso_training.networks.interface import Classifier, Purifier
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tests.bundles import COLOUR, REFERENCE, SMALL, random_images, random_system, shared_bundle
@@ -30,7 +32,7 @@ def sessions_of(name: str) -> Sessions:
 
 
 @cache
-def system_of(name: str) -> tuple[Classifier, Purifier]:
+def system_of(name: str) -> tuple[FcnClassifier, FcnPurifier]:
     return random_system(CONFIGS[name])
 
 
@@ -124,33 +126,100 @@ def test_the_graphs_hold_no_batch_norm_and_no_randomness(name):
 
 
 def test_the_safetensors_reload_to_the_same_networks(name):
-    config, folder = CONFIGS[name], shared_bundle(CONFIGS[name])
-    classifier, purifier = Classifier(config.classifier).eval(), Purifier(config.purifier).eval()
-    load_into(classifier, folder / "classifier.safetensors")
-    load_into(purifier.code_encoder, folder / "code_encoder.safetensors")
-    load_into(purifier.decoder, folder / "decoder.safetensors")
-
-    images = torch.from_numpy(random_images(5, config))
+    bundle = Bundle.load(shared_bundle(CONFIGS[name]))
+    images = torch.from_numpy(random_images(5, CONFIGS[name]))
     latents = latents_of(name, 5)
     original, original_purifier = system_of(name)
     with torch.no_grad():
-        first, expected = classifier.represent(images), original.represent(images)
+        first, expected = classifier_of(bundle).represent(images), original.represent(images)
         torch.testing.assert_close(first.log_probs, expected.log_probs)
+        purifier = purifier_of(bundle)
         code, expected_code = purifier.encode(first.representation), original_purifier.encode(expected.representation)
         torch.testing.assert_close(code, expected_code)
-        torch.testing.assert_close(purifier.decode(code, latents), original_purifier.decode(expected_code, latents))
+        purified = purifier.decode(code, latents)
+        torch.testing.assert_close(purified, original_purifier.decode(expected_code, latents))
+        torch.testing.assert_close(second_pass_of(bundle)(purified), original(purified))
 
 
-def load_into(module: nn.Module, path: Path) -> None:
-    module.load_state_dict(load_file(path))
+def test_another_classifier_may_vote_than_the_one_of_the_first_pass(tmp_path):
+    (first_pass, purifier), (voter, _) = random_system(SMALL), random_system(SMALL, seed=1)
+    images = torch.from_numpy(random_images(8, SMALL))
+    export(classifier=first_pass, purifier=purifier, second_pass=voter, images=images, folder=tmp_path)
+    manifest = Bundle.load(shared_bundle(SMALL)).manifest.model_dump(exclude={"schema_version", "files"})
+    sealed(tmp_path, manifest)
+
+    bundle = Bundle.load(tmp_path)  # its self-test holds the votes of the networks below
+    sessions = Sessions(bundle, device="cpu", threads=1)
+    code_index = np.arange(200) % 8
+    latents = latents_of("small", 200)
+    with torch.no_grad():
+        first = first_pass.represent(images)
+        codes = purifier.encode(first.representation)
+        purified = purifier.decode(codes[torch.from_numpy(code_index)], latents)
+        expected, of_the_first = voter(purified).argmax(dim=1).numpy(), first_pass(purified).argmax(dim=1).numpy()
+        torch.testing.assert_close(second_pass_of(bundle)(purified), voter(purified))
+        torch.testing.assert_close(classifier_of(bundle)(images), first.log_probs)
+    votes = sessions.vote(codes.numpy(), code_index, latents.numpy())
+    assert (votes == expected).mean() > 0.98
+    assert (votes == of_the_first).mean() < 0.9
+
+
+class Unfolded:
+    """A network whose architecture gives no cheaper form for export: the interface's own forms are used."""
+
+    folded = Classifier.folded
+    folded_encoder = Purifier.folded_encoder
+    folded_decoder = Purifier.folded_decoder
+
+
+class PlainClassifier(Unfolded, FcnClassifier):
+    pass
+
+
+class PlainPurifier(Unfolded, FcnPurifier):
+    pass
+
+
+def test_networks_without_a_folded_form_are_exported_as_they_are():
+    classifier, purifier = PlainClassifier(SMALL.classifier).eval(), PlainPurifier(SMALL.purifier).eval()
+    classifier.load_state_dict(system_of("small")[0].state_dict())
+    purifier.load_state_dict(system_of("small")[1].state_dict())
+    first_pass, vote = FirstPassGraph(classifier, purifier), VoteGraph(purifier, second_pass=classifier)
+    test = Bundle.load(shared_bundle(SMALL)).self_test
+    with torch.no_grad():
+        probabilities, codes = first_pass(torch.from_numpy(test.images))
+        votes, _ = vote(*map(torch.from_numpy, (test.codes, test.code_index, test.latents)))
+    np.testing.assert_allclose(probabilities, test.probabilities, atol=TOLERANCE)
+    np.testing.assert_allclose(codes, test.codes, atol=TOLERANCE)
+    assert (votes.numpy() == test.votes).mean() > 0.98
+
+
+def test_the_graphs_say_nothing_of_the_machine_that_exported_them(name):
+    for file in ("first_pass.onnx", "vote.onnx", "vote_int8.onnx"):
+        assert b".py" not in (shared_bundle(CONFIGS[name]) / file).read_bytes()
 
 
 def test_the_reference_networks_have_the_published_sizes():
-    classifier, purifier = Classifier(REFERENCE.classifier), Purifier(REFERENCE.purifier)
+    classifier, purifier = FcnClassifier(REFERENCE.classifier), FcnPurifier(REFERENCE.purifier)
     assert sum(p.numel() for p in classifier.parameters()) == 174_450
-    assert classifier.representation_size == REFERENCE.purifier.representation == 290
+    assert REFERENCE.classifier.representation == REFERENCE.purifier.representation == 290
     assert sum(p.numel() for p in purifier.code_encoder.parameters()) == pytest.approx(61_000, rel=0.01)
     assert sum(p.numel() for p in purifier.decoder.parameters()) == pytest.approx(2_180_000, rel=0.01)
+
+
+def test_the_widest_products_are_in_int8_and_their_float_weights_are_gone(name):
+    plain, int8 = (onnx.load(shared_bundle(CONFIGS[name]) / file).graph for file in ("vote.onnx", "vote_int8.onnx"))
+    made = [node for node in int8.node if node.op_type == "MatMulIntegerToFloat"]
+    sizes = {
+        tensor.name: np.prod(tensor.dims) for tensor in int8.initializer if tensor.data_type == onnx.TensorProto.INT8
+    }
+    assert len(made) == len(sizes) == (3 if name == "reference" else 4)
+    whole = sum(np.prod(tensor.dims) for tensor in plain.initializer if len(tensor.dims) == 2)
+    assert sum(sizes.values()) > 0.85 * whole
+    assert sum(np.prod(tensor.dims) for tensor in int8.initializer if len(tensor.dims) == 2) == whole
+    assert [(i.name, o.name) for i, o in zip(int8.input, int8.output, strict=False)] == [
+        (i.name, o.name) for i, o in zip(plain.input, plain.output, strict=False)
+    ]
 
 
 def test_int8_votes_are_the_same_in_a_batch_as_alone(name):

@@ -10,7 +10,10 @@ import numpy as np
 import pytest
 from carso.bundle import Bundle
 from carso.inference.sessions import Sessions
-from carso_training import data
+from carso_training.datasets import dataset
+from carso_training.recipe import PRESETS, Recipe
+from carso_training.robustness.card import model_card
+from carso_training.robustness.published import PUBLISHED_ACCURACIES, RISK
 
 from tests.server import serving
 
@@ -20,10 +23,10 @@ SAMPLES = ROOT / "docs" / "samples"
 
 # Every cell that must beat the published one: CARSO and IAT at eps <= 0.30, and CARSO on clean images
 HELD = [
-    *(("CARSO", attack) for attack in ("clean",)),
+    *(("carso", attack) for attack in ("clean",)),
     *(
-        (column, f"{kind}-{eps}")
-        for column in ("IAT", "CARSO")
+        (defence, f"{kind}-{eps}")
+        for defence in ("classifier", "carso")
         for kind in ("fgsm", "pgd", "deepfool")
         for eps in ("0.15", "0.30")
     ),
@@ -36,7 +39,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
         yield connected
 
 
-def test_the_shipped_bundle_is_sound_complete_and_small() -> None:
+def test_the_shipped_bundle_is_intact_complete_and_small() -> None:
     manifest = Bundle.load(FOLDER).manifest
     weights = {"classifier.safetensors", "code_encoder.safetensors", "decoder.safetensors"}
     assert weights | {"MODEL_CARD.md"} <= set(manifest.files)
@@ -47,12 +50,20 @@ def test_the_shipped_bundle_is_sound_complete_and_small() -> None:
 
 
 def test_the_shipped_table_is_of_the_whole_test_set_and_above_the_published_numbers() -> None:
-    cells = {(cell.column, cell.attack): cell for cell in Bundle.load(FOLDER).manifest.table}
+    cells = {(cell.defence, cell.threat.name): cell for cell in Bundle.load(FOLDER).manifest.table}
     assert len(cells) == 30
     assert {cell.images for cell in cells.values()} == {10_000}
     short = [place for place in HELD if cells[place].accuracy <= cells[place].published]
     assert not short
-    assert cells["IAT", "clean"].accuracy >= 97.0
+    assert cells["classifier", "clean"].accuracy >= 97.0
+
+
+def test_the_shipped_recipe_is_the_preset_and_the_shipped_card_is_written_from_the_table() -> None:
+    manifest = Bundle.load(FOLDER).manifest
+    recipe = Recipe.model_validate(manifest.recipe)
+    assert recipe == PRESETS["mnist-fcn"]
+    assert (FOLDER / "MODEL_CARD.md").read_text() == model_card(recipe, manifest.table, risk=RISK)
+    assert {cell.threat.name for cell in manifest.table} == set(PUBLISHED_ACCURACIES)
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*-clean.png")), ids=lambda path: path.stem)
@@ -75,7 +86,7 @@ def test_an_attacked_sample_fools_the_fast_path_and_not_the_robust_one(client: h
 def test_int8_votes_agree_with_float32_ones_but_for_a_few_in_a_thousand() -> None:
     bundle = Bundle.load(FOLDER)
     plain, int8 = (Sessions(bundle, device="cpu", precision=precision) for precision in ("float32", "int8"))
-    codes = plain.first_pass(data.load("test").pixels(slice(400)).numpy()).codes
+    codes = plain.first_pass(dataset("mnist").load("test").pixels(slice(400)).numpy()).codes
     ballots = (codes, np.repeat(np.arange(400), 20), np.random.default_rng(0).standard_normal((8000, 36), np.float32))
     assert (plain.vote(*ballots) != int8.vote(*ballots)).mean() < 0.005
 

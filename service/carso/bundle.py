@@ -4,11 +4,11 @@
     first_pass.onnx     images -> probabilities, codes
     vote.onnx           codes, code_index, latents -> votes [, purified]
     vote_int8.onnx      as vote.onnx, in 8-bit arithmetic for CPUs; a bundle may lack it
-    self_test.npz       inputs and the answers that a sound copy of the graphs gives to them
+    self_test.npz       inputs, and the answers that intact graphs give to them
     *.safetensors       weights, for further training and white-box evaluation; the service does not read them
     MODEL_CARD.md       for people
 
-No file is a pickle, and none is read before its checksum is right.
+No file is a pickle, and none is parsed before its checksum is verified.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 FIRST_PASS = "first_pass.onnx"  # noqa: S105 (the name of a graph)
 VOTE = "vote.onnx"
@@ -34,12 +34,19 @@ VOTE_INT8 = "vote_int8.onnx"
 SELF_TEST = "self_test.npz"
 REQUIRED = (FIRST_PASS, VOTE, SELF_TEST)
 
+Norm = Literal["linf", "l2"]
+# What an attacker differentiates or queries. `classifier`: the classifier of the defence under test, which for CARSO is
+# the one of the first pass. `system`: all of the defence, its randomness included.
+Sees = Literal["nothing", "answers", "classifier", "system"]
+Kind = Literal["clean", "white-box", "transfer", "adaptive", "black-box"]
+CLASSIFIERS = ("undefended", "classifier")  # defences that are a classifier and nothing else
+
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # no separators: nothing outside the folder
 
 
 class BundleError(Exception):
-    """A bundle that cannot be trusted or read. The message names the file and the mend."""
+    """A bundle that cannot be read or trusted. The message names the file and says how to mend it."""
 
 
 class _Strict(BaseModel):
@@ -47,14 +54,14 @@ class _Strict(BaseModel):
 
 
 class InputSpec(_Strict):
-    """One image: channels, height, width, and the range its values must lie in."""
+    """One image: its shape (channels, height, width), and the range that its values must lie in."""
 
     shape: tuple[int, int, int]
     low: float = 0.0
     high: float = 1.0
 
     @model_validator(mode="after")
-    def _sound(self) -> InputSpec:
+    def _valid(self) -> InputSpec:
         if min(self.shape) < 1 or self.shape[0] not in (1, 3):
             raise ValueError(f"shape {self.shape} is not [1 or 3 channels, height, width]")
         if not self.low < self.high:
@@ -62,24 +69,80 @@ class InputSpec(_Strict):
         return self
 
 
-class Cell(_Strict):
-    """One measured accuracy: how many of `images` were classified right, and the published figure, if any."""
+class Threat(_Strict):
+    """What an attacker does and knows."""
 
-    attack: str  # such as "pgd-0.30"
-    column: Literal["none", "IAT", "CARSO"]
-    kind: Literal["transfer", "white-box"]  # which classifier the attack saw, and which one answered
-    correct: int = Field(ge=0)
+    attack: str = Field(min_length=1)  # the method, such as "pgd"; "none" for clean images
+    norm: Norm  # in which the images stay within eps of the clean ones
+    eps: float = Field(ge=0, allow_inf_nan=False)  # in units of the input's values; 0 for clean images
+    sees: Sees
+    settings: dict[str, int | float | str] = {}  # how strong: steps, step size, restarts, latents, ...
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Threat:
+        if (self.attack == "none") != (self.eps == 0) or (self.eps == 0) != (self.sees == "nothing"):
+            raise ValueError(
+                "attack `none`, eps 0 and sees `nothing` go together, "
+                f"not {self.attack!r} with eps {self.eps} and sees {self.sees!r}"
+            )
+        return self
+
+    @property
+    def name(self) -> str:
+        """A row's name in a table, such as ``pgd-0.30`` or ``clean``: the method and eps."""
+        if self.attack == "none":
+            return "clean"
+        two_decimals = f"{self.eps:.2f}"
+        return f"{self.attack}-{two_decimals if float(two_decimals) == self.eps else f'{self.eps:g}'}"
+
+
+class Cell(_Strict):
+    """One measured accuracy: a defence against a threat.
+
+    The defence answers for images that were made against what the threat `sees`.
+    """
+
+    defence: str = Field(min_length=1)  # "undefended", "classifier" (the fast path), "carso" (the robust path), ...
+    threat: Threat
+    correct: int = Field(ge=0)  # images classified correctly
     images: int = Field(gt=0)
-    published: float | None  # percent
+    published: float | None = Field(ge=0, le=100)  # percent; None: this cell was never published
+
+    @model_validator(mode="after")
+    def _possible(self) -> Cell:
+        if self.correct > self.images:
+            raise ValueError(f"{self.correct} of {self.images} images cannot be correct")
+        return self
 
     @property
     def accuracy(self) -> float:
         """In percent."""
         return 100 * self.correct / self.images
 
+    @property
+    def kind(self) -> Kind:
+        """What the accuracy tells.
+
+        - clean: no attack
+        - black-box: the attacker sees only answers
+        - white-box: a classifier answers for images made against itself
+        - adaptive: a larger defence answers for images made against all of it
+        - transfer: the images were made against something else than what answers
+        """
+        if self.threat.sees == "nothing":
+            return "clean"
+        if self.threat.sees == "answers":
+            return "black-box"
+        is_classifier = self.defence in CLASSIFIERS
+        if self.threat.sees == "classifier":
+            return "white-box" if is_classifier else "transfer"
+        return "transfer" if is_classifier else "adaptive"
+
 
 class Manifest(_Strict):
-    schema_version: Literal[1]
+    """What a bundle is."""
+
+    schema_version: Literal[2]
     name: str = Field(min_length=1)
     version: str = Field(min_length=1)
     dataset: str
@@ -95,7 +158,7 @@ class Manifest(_Strict):
     @model_validator(mode="after")
     def _complete(self) -> Manifest:
         if missing := [name for name in REQUIRED if name not in self.files]:
-            raise ValueError(f"files lists no {', '.join(missing)}")
+            raise ValueError(f"files does not list {', '.join(missing)}")
         return self
 
 
@@ -113,7 +176,7 @@ class SelfTest:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A bundle in memory: verified, and independent of the folder from now on."""
+    """A bundle in memory: verified, and independent of its folder from now on."""
 
     folder: Path
     manifest: Manifest
@@ -134,7 +197,7 @@ class Bundle:
             if (found := hashlib.sha256(data).hexdigest()) != expected:
                 raise BundleError(
                     f"{folder / name} is damaged: its SHA-256 is {found}, the manifest says {expected}. "
-                    "Copy the bundle again, or export it anew with carso-train."
+                    "Copy the bundle again, or export it again with carso-train."
                 )
             if name in (*REQUIRED, VOTE_INT8):
                 files[name] = data
@@ -150,9 +213,10 @@ class Bundle:
 
 
 def sealed(folder: Path, manifest: dict[str, Any]) -> Manifest:
-    """Write the manifest of the files that lie in `folder`, with their checksums; return it.
+    """Write the manifest of the files in `folder`, with their checksums; return it.
 
-    `manifest` holds every field of Manifest but `schema_version` and `files`.
+    `manifest` holds every field of Manifest except `schema_version` and `files`. Raises pydantic's ValidationError if a
+    field is wrong, and OSError if a file cannot be read or written.
     """
     files = {
         path.name: hashlib.sha256(path.read_bytes()).hexdigest()
@@ -170,7 +234,7 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         if path.name == MANIFEST:
             raise BundleError(
-                f"{path.parent} holds no {MANIFEST}, so it is no bundle. Set CARSO_BUNDLE to the folder of one, "
+                f"{path.parent} holds no {MANIFEST}, so it is not a bundle. Set CARSO_BUNDLE to the folder of one, "
                 "such as models/mnist-fcn, or make one with: carso-train run mnist-fcn"
             ) from None
         raise BundleError(f"{path} is missing, though the manifest lists it. Copy the bundle again.") from None
@@ -181,20 +245,22 @@ def _read(path: Path) -> bytes:
 def _parse(path: Path, content: bytes) -> Manifest:
     try:
         raw = json.loads(content)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise BundleError(f"{path} is not JSON ({e}). Copy the bundle again.") from None
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
         raise BundleError(
             f"{path} has schema version {version!r}; this release reads {SCHEMA_VERSION}. "
-            "Export the bundle anew with the carso-train of this release, or install the release that wrote it."
+            "Export the bundle again with the carso-train of this release, or install the release that wrote it."
         )
     try:
         return Manifest.model_validate(raw)
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "manifest"
-        raise BundleError(f"{path} is not a valid manifest: {where}: {first['msg']}. Export the bundle anew.") from None
+        raise BundleError(
+            f"{path} is not a valid manifest: {where}: {first['msg']}. Export the bundle again."
+        ) from None
 
 
 def _self_test(path: Path, content: bytes, manifest: Manifest) -> SelfTest:
@@ -202,7 +268,7 @@ def _self_test(path: Path, content: bytes, manifest: Manifest) -> SelfTest:
         with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
             test = SelfTest(**arrays)
     except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as e:
-        raise BundleError(f"{path} is not a self-test ({e}). Export the bundle anew.") from None
+        raise BundleError(f"{path} is not a self-test ({e}). Export the bundle again.") from None
     images, votes = (array.shape[0] if array.ndim else 0 for array in (test.images, test.votes))
     expected = {
         "images": (images, *manifest.input.shape),
@@ -215,10 +281,10 @@ def _self_test(path: Path, content: bytes, manifest: Manifest) -> SelfTest:
     for name, shape in expected.items():
         array = getattr(test, name)
         if array.shape != shape or not prod(shape):
-            raise BundleError(f"{path}: {name} has shape {array.shape}, not {shape}. Export the bundle anew.")
+            raise BundleError(f"{path}: {name} has shape {array.shape}, not {shape}. Export the bundle again.")
         dtype = np.dtype(np.int64 if name in ("code_index", "votes") else np.float32)
         if array.dtype != dtype:
-            raise BundleError(f"{path}: {name} is of {array.dtype}, not {dtype}. Export the bundle anew.")
+            raise BundleError(f"{path}: {name} is of {array.dtype}, not {dtype}. Export the bundle again.")
     if test.code_index.min() < 0 or test.code_index.max() >= images:
-        raise BundleError(f"{path}: code_index names codes beyond the {images} there are. Export the bundle anew.")
+        raise BundleError(f"{path}: code_index points past the last of {images} codes. Export the bundle again.")
     return test

@@ -282,12 +282,12 @@ def test_the_gpu_image_refuses_to_start_without_a_gpu_and_can_be_told_to() -> No
 
 @needs_training
 def test_the_training_image_trains_a_system_that_can_be_served(tmp_path: Path) -> None:
-    from carso_training import data
+    from carso_training.datasets import dataset
 
     from tests.test_training import TINY
 
     (tmp_path / "tiny.json").write_text(json.dumps(TINY))
-    shutil.copytree(data.ensure(), tmp_path / "mnist")
+    shutil.copytree(dataset("mnist").ensure(), tmp_path / "mnist")
     for folder in (tmp_path, tmp_path / "mnist"):
         folder.chmod(0o777)
     options = (*HARDENED, "--memory=2g", "--tmpfs=/tmp", f"--volume={tmp_path}:/work")

@@ -5,76 +5,141 @@ A recipe is written into the bundle's manifest, so that a bundle says how it was
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
 
-from carso_training.networks import ClassifierConfig, PurifierConfig
+from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
+
+from carso_training.attacks import CLEAN, Attack, attack_named
+from carso_training.datasets import DATASETS, DatasetSpec
+from carso_training.errors import RecipeError
+from carso_training.networks import AnyClassifierConfig, AnyPurifierConfig, classifier_config, purifier_config
 
 
-class Strict(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Schedule(Strict):
+class Schedule(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     """RAdam with a one-cycle learning rate; the weights kept are an exponential moving average."""
 
     epochs: int = Field(gt=0)
     peak_lr: float = Field(gt=0)
-    batch_size: int = Field(default=256, gt=0)  # clean images a step; their attacked versions come on top
+    batch_size: int = Field(default=256, gt=0)  # clean images per step; their attacked versions come on top
     warmup: float = Field(default=0.3, gt=0, lt=1)  # share of the steps on which the rate rises
     averaging: float = Field(default=0.999, ge=0, lt=1)  # decay of the moving average, per step
     weight_decay: float = Field(default=0.0, ge=0)
 
 
-class Foreseen(Strict):
-    """Weights of the clean batch and of each foreseen attack in the classifier's loss; they are normalised to one."""
+def _foreseen(weights: dict[str, float]) -> dict[str, float]:
+    for name in weights:
+        attack_named(name)
+    if CLEAN.name not in weights or len(weights) < 2:
+        raise ValueError("give `clean` and at least one attack")
+    if not sum(weights.values()) > 0:
+        raise ValueError("the weights add up to 0")
+    return weights
 
-    clean: float = Field(default=1.0, ge=0)
-    fgsm_15: float = Field(default=1.0, ge=0)
-    fgsm_30: float = Field(default=1.0, ge=0)
-    pgd_15: float = Field(default=1.0, ge=0)
-    pgd_30: float = Field(default=1.0, ge=0)
+
+# The published system foresees these attacks. A recipe's own weights may be others, and its attacks too.
+FORESEEN = {CLEAN.name: 1.0, "fgsm-0.15": 1.0, "fgsm-0.30": 1.0, "pgd-0.15": 1.0, "pgd-0.30": 1.0}
 
 
-class Recipe(Strict):
-    name: str
+class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
+    """One system. What the data set says (shape, classes, mean, ...) need not be repeated for the networks."""
+
+    name: str = Field(min_length=1)
     dataset: str = "mnist"
-    seed: int = 0
-    train_images: int | None = None  # how many of the training images to use; None: all
-    validation_images: int = 5000  # held out of the training images; schedules are chosen on these
-    test_images: int | None = None  # None: all
-    classifier: ClassifierConfig = ClassifierConfig()
-    purifier: PurifierConfig = PurifierConfig()
+    seed: int = Field(default=0, ge=0, le=2**31)
+    train_images: int | None = Field(default=None, gt=0)  # how many of the training images to use; None: all
+    validation_images: int = Field(default=5000, gt=0)  # held out of the training images, to choose schedules on
+    test_images: int | None = Field(default=None, gt=0)  # None: all
+    classifier: AnyClassifierConfig
+    purifier: AnyPurifierConfig
     undefended: Schedule
     adversarial: Schedule
-    adversarial_weights: Foreseen = Foreseen()
-    training_pgd_steps: int = Field(default=10, gt=0)  # of 2.5 eps / steps each, while training
+    # The clean batch and the attacks that both trainings foresee, with the weight of each in the classifier's loss;
+    # the weights are normalised to one
+    foreseen: Annotated[dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_foreseen)] = FORESEEN
+    training_attack_steps: int = Field(default=10, gt=0)  # of iterative attacks, while the classifier is trained
     purification: Schedule
     purification_bf16: bool = True  # the purifier's forward pass in bfloat16, where the device multiplies it itself
     samples: int = Field(default=1500, gt=0)  # votes asked for by default
 
+    @property
+    def data(self) -> DatasetSpec:
+        """What the project knows of the data set."""
+        return DATASETS[self.dataset]
 
-PRESETS = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            name="mnist-fcn",
-            validation_images=3000,
-            undefended=Schedule(epochs=20, peak_lr=0.01),
-            adversarial=Schedule(epochs=60, peak_lr=0.02),
-            # Chosen on validation images between (1.5, 1, 0.8, 1.2, 0.8), which gave away clean accuracy for more
-            # than was needed at eps 0.30, and (2, 1, 0.3, 1.5, 0.4), which did the reverse
-            adversarial_weights=Foreseen(clean=1.7, fgsm_15=1.0, fgsm_30=0.7, pgd_15=1.25, pgd_30=0.7),
-            purification=Schedule(epochs=40, peak_lr=0.003, batch_size=128),
-        ),
-        Recipe(
-            name="mnist-fcn-quick",
-            train_images=6000,
-            validation_images=500,
-            test_images=300,
-            undefended=Schedule(epochs=3, peak_lr=0.01, batch_size=128, averaging=0.97),
-            adversarial=Schedule(epochs=5, peak_lr=0.01, batch_size=128, averaging=0.97),
-            training_pgd_steps=5,
-            purification=Schedule(epochs=3, peak_lr=0.003, batch_size=64, averaging=0.97),
-        ),
-    )
-}
+    @property
+    def attacks(self) -> tuple[Attack, ...]:
+        """The foreseen attacks, in order, without the clean images."""
+        return tuple(attack_named(name) for name in self.foreseen if name != CLEAN.name)
+
+    @classmethod
+    def read(cls, path: Path) -> Recipe:
+        """Read a recipe from a JSON file. Raises RecipeError, which names the file, the field and what is wrong."""
+        try:
+            return cls.model_validate_json(path.read_bytes())
+        except OSError as e:
+            raise RecipeError(f"{path} cannot be read ({e.strerror})") from None
+        except ValidationError as e:
+            first = e.errors()[0]
+            where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+            reason = first["msg"].removeprefix("Value error, ")
+            raise RecipeError(f"{path} is not a recipe: {where}{reason}") from None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, given: Any) -> Any:
+        """Give the networks the facts of the data set, and the purifier those of the classifier."""
+        if not isinstance(given, Mapping):
+            return given
+        name = given.get("dataset", cls.model_fields["dataset"].default)
+        if name not in DATASETS:
+            raise ValueError(f"dataset: there is no {name!r}. There are: {', '.join(DATASETS)}")
+        data = DATASETS[name]
+        given = {"classifier": {}, "purifier": {}} | dict(given)
+        if isinstance(given["classifier"], Mapping):
+            facts = {"classes": len(data.classes), "mean": data.mean, "std": data.std}
+            given["classifier"] = classifier_config({"input_shape": data.input_shape} | facts | given["classifier"])
+        if isinstance(given["purifier"], Mapping):
+            facts = {"representation": given["classifier"].representation}
+            given["purifier"] = purifier_config({"input_shape": data.input_shape} | facts | given["purifier"])
+        return given
+
+    @model_validator(mode="after")
+    def _fitting(self) -> Recipe:
+        for found, expected, what in (
+            (self.classifier.input_shape, self.data.input_shape, "classifier.input_shape"),
+            (self.classifier.classes, len(self.data.classes), "classifier.classes"),
+            (self.purifier.input_shape, self.data.input_shape, "purifier.input_shape"),
+            (self.purifier.representation, self.classifier.representation, "purifier.representation"),
+        ):
+            if found != expected:
+                raise ValueError(f"{what} is {found}; it must be {expected} for {self.data.title} and this classifier")
+        return self
+
+
+def _presets() -> dict[str, Recipe]:
+    published = {
+        "name": "mnist-fcn",
+        "validation_images": 3000,
+        "undefended": Schedule(epochs=20, peak_lr=0.01),
+        "adversarial": Schedule(epochs=60, peak_lr=0.02),
+        # Chosen on validation images between (1.5, 1, 0.8, 1.2, 0.8), which gave away clean accuracy for more than was
+        # needed at eps 0.30, and (2, 1, 0.3, 1.5, 0.4), which did the reverse
+        "foreseen": dict(zip(FORESEEN, (1.7, 1.0, 0.7, 1.25, 0.7), strict=True)),
+        "purification": Schedule(epochs=40, peak_lr=0.003, batch_size=128),
+    }
+    quick = {
+        "name": "mnist-fcn-quick",
+        "train_images": 6000,
+        "validation_images": 500,
+        "test_images": 300,
+        "undefended": Schedule(epochs=3, peak_lr=0.01, batch_size=128, averaging=0.97),
+        "adversarial": Schedule(epochs=5, peak_lr=0.01, batch_size=128, averaging=0.97),
+        "training_attack_steps": 5,
+        "purification": Schedule(epochs=3, peak_lr=0.003, batch_size=64, averaging=0.97),
+    }
+    return {recipe.name: recipe for recipe in map(Recipe.model_validate, (published, quick))}
+
+
+PRESETS = _presets()

@@ -1,11 +1,11 @@
 """A whole run, from a recipe to a bundle, in stages that each leave their result on disk and are not done twice.
 
-<folder>/recipe.json     a folder belongs to one recipe
-<folder>/undefended/     weights.safetensors, metrics.csv (a row per epoch)
+<folder>/recipe.json            a folder belongs to one recipe
+<folder>/undefended/            weights.safetensors, metrics.csv (a row per epoch)
 <folder>/adversarial/
-<folder>/purifier/       and the attacked images that it was trained on
-<folder>/table.json      the measured table
-<folder>/bundle/         the bundle
+<folder>/purifier/              and the attacked images that it was trained on
+<folder>/table-<split>.json     the measured table
+<folder>/bundle/                the bundle
 """
 
 from __future__ import annotations
@@ -13,103 +13,229 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, get_args
 
 import torch
 from carso.bundle import Bundle, Cell, sealed
 from carso.version import __version__
 from lightning_fabric import Fabric
+from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
-from carso_training.attacks import CLEAN, FORESEEN, attack_images, attacked_in_eval_mode
-from carso_training.card import model_card
-from carso_training.classifier import train_adversarial, train_undefended
-from carso_training.data import Dataset
-from carso_training.evaluate import RISK, evaluate, pipeline_of
-from carso_training.export import export
-from carso_training.networks import Classifier, Purifier
-from carso_training.purifier import train_purifier
-from carso_training.recipe import Recipe
-from carso_training.table import WIDTH, as_rich
+from carso_training import durable
+from carso_training.attacks import CLEAN
+from carso_training.attacks.model import attacked_in_eval_mode
+from carso_training.datasets.examples import Examples
+from carso_training.errors import RecipeError, RunError
+from carso_training.export.files import export
+from carso_training.fitting.checkpoints import load_weights
+from carso_training.fitting.classifier import train_adversarial, train_undefended
+from carso_training.fitting.loop import WEIGHTS
+from carso_training.fitting.purifier import train_purifier
+from carso_training.networks import Classifier, Purifier, build_classifier, build_purifier
+from carso_training.recipe import PRESETS, Recipe
+from carso_training.robustness.card import model_card
+from carso_training.robustness.published import PUBLISHED_ACCURACIES, PUBLISHED_FOR, RISK, measure
+from carso_training.robustness.table import WIDTH, as_rich
+from carso_training.robustness.voting import pipeline_of
 
 log = logging.getLogger(__name__)
 
 Split = Literal["validation", "test"]
 CALIBRATION = 200  # images
 
+Stage = Literal["undefended", "adversarial", "purifier"]
+STAGES: tuple[Stage, ...] = get_args(Stage)
 
-class RunError(Exception):
-    """A run folder that cannot be gone on with."""
+
+@dataclass(frozen=True, kw_only=True)
+class System:
+    """Trained networks, in eval mode, on the device of the run."""
+
+    undefended: Classifier  # trained on clean images only, for comparison
+    classifier: Classifier  # the adversarially trained (IAT) one, of the first pass
+    purifier: Purifier
+    second_pass: Classifier | None = None  # the classifier that votes; None: `classifier`
+
+
+class RunFolder:
+    """The files of one recipe's run, and whether they are finished. Nothing here trains or loads a network."""
+
+    def __init__(self, recipe: Recipe, path: Path) -> None:
+        self.recipe = recipe
+        self.path = path
+        self.bundle = path / "bundle"
+        self._recipe_file = path / "recipe.json"
+
+    def stage(self, name: Stage) -> Path:
+        """The folder of one network's training."""
+        return self.path / name
+
+    def weights(self, stage: Stage) -> Path:
+        """The file that is there once a network is trained."""
+        return self.stage(stage) / WEIGHTS
+
+    def claim(self) -> None:
+        """Make the folder this recipe's. Raises RunError if it is another's, OSError if it cannot be written."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        if self._recipe_file.exists():
+            self._check_owner()
+        else:
+            durable.write(self._recipe_file, json.dumps(self.recipe.model_dump(mode="json"), indent=2) + "\n")
+
+    def check_finished(self) -> None:
+        """Raise RunError if the run is another recipe's, or not finished; the message says how to finish it."""
+        if not self._recipe_file.exists():
+            raise self._unfinished(f"{self.path} holds no run")
+        self._check_owner()
+        for path in (*map(self.weights, STAGES), self.bundle):
+            if not path.exists():
+                raise self._unfinished(f"{path} is not there yet")
+
+    def _check_owner(self) -> None:
+        mine = self.recipe.model_dump(mode="json")
+        try:
+            theirs = json.loads(self._recipe_file.read_bytes())
+            if not isinstance(theirs, dict):
+                raise ValueError("it is not a JSON object")
+        except (ValueError, RecursionError) as e:
+            raise RunError(
+                f"{self._recipe_file} is damaged ({e}). If the folder belongs to the recipe {self.recipe.name}, remove "
+                "this file, then run the same command again"
+            ) from None
+        if theirs != mine:
+            differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
+            raise RunError(
+                f"{self.path} belongs to another recipe (it differs in {', '.join(differing)}): give another folder "
+                "with --folder, or remove this one to start again"
+            )
+
+    def _unfinished(self, what: str) -> RunError:
+        preset = self.recipe.name if PRESETS.get(self.recipe.name) == self.recipe else "RECIPE"
+        return RunError(
+            f"{what}, so the run is not finished. Finish it with: carso-train run {preset} --folder {self.path}"
+            + (" (with the same recipe and options)" if preset == "RECIPE" else "")
+        )
 
 
 class Run:
-    """One recipe in one folder. Every method goes on from what the folder holds."""
+    """One recipe in one folder. `train` and `export` resume from what the folder holds; nothing else trains."""
 
-    def __init__(self, recipe: Recipe, folder: Path, fabric: Fabric, *, train: Dataset, test: Dataset) -> None:
-        """`train` and `test` are the whole sets; the recipe says how much of them is used. Raises RunError."""
+    def __init__(self, recipe: Recipe, folder: Path, fabric: Fabric, *, train: Examples, test: Examples) -> None:
+        """`train` and `test` are the whole sets; the recipe says how much of them is used.
+
+        Nothing is written yet. Raises RecipeError if the training set is smaller than what the recipe asks for.
+        """
         self.recipe = recipe
-        self.folder = folder
+        self.folder = RunFolder(recipe, folder)
         self.fabric = fabric
-        training, validation = train.split(recipe.validation_images, seed=recipe.seed, train=recipe.train_images)
-        self.train, self.validation = training.to(fabric.device), validation.to(fabric.device)
+        try:
+            training, validation = train.split(
+                held_out=recipe.validation_images, seed=recipe.seed, train=recipe.train_images
+            )
+        except ValueError as e:
+            raise RecipeError(f"recipe {recipe.name}, train_images and validation_images: {e}") from None
+        self.training, self.validation = training.to(fabric.device), validation.to(fabric.device)
         self.test = test[slice(recipe.test_images)].to(fabric.device)
-        if fabric.is_global_zero:
-            self._claim_folder()
-        fabric.barrier()
 
-    def classifiers(self) -> tuple[Classifier, Classifier]:
-        """The undefended one and the adversarially trained (IAT) one."""
-        stages = ((train_undefended, "undefended"), (train_adversarial, "adversarial"))
-        undefended, adversarial = (
-            stage(self.fabric, self.recipe, self.train, self.validation, folder=self.folder / name)
-            for stage, name in stages
-        )
-        return undefended, adversarial
+    def train(self) -> System:
+        """Train the networks that are not trained yet; return all.
 
-    def purifier(self, classifier: Classifier) -> Purifier:
-        return train_purifier(
-            self.fabric, self.recipe, classifier, self.train, self.validation, folder=self.folder / "purifier"
-        )
+        Raises RunError if the folder belongs to another recipe or holds a damaged file, TrainingError if a training
+        fails, and OSError if the folder cannot be written.
+        """
+        if self.fabric.is_global_zero:
+            self.folder.claim()
+        self.fabric.barrier()
+        images = {"train": self.training, "held_out": self.validation}
+        trainers: dict[Stage, Callable[..., Classifier]] = {
+            "undefended": train_undefended,
+            "adversarial": train_adversarial,
+        }
+        for stage, train in trainers.items():
+            if not self.folder.weights(stage).exists():
+                train(self.fabric, self.recipe, **images, folder=self.folder.stage(stage))
+        if not self.folder.weights("purifier").exists():
+            classifier = self._classifier("adversarial")
+            train_purifier(self.fabric, self.recipe, classifier, **images, folder=self.folder.stage("purifier"))
+        return self._system()
 
-    def bundle(self) -> Path:
-        """Train what is not trained yet, export, measure on the test set; return the bundle's folder."""
-        undefended, adversarial = self.classifiers()
-        purifier = self.purifier(adversarial)
-        target = self.folder / "bundle"
+    def export(self, system: System) -> Path:
+        """Export a trained system, measure it on the test set, and return the bundle's folder.
+
+        A bundle that is already there stays as it is. Raises OSError if the folder cannot be written.
+        """
+        target = self.folder.bundle
         if self.fabric.is_global_zero and not target.exists():
             part = target.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
-            export(adversarial, purifier, self._calibration(adversarial), folder=part, seed=self.recipe.seed)
+            export(
+                classifier=system.classifier,
+                purifier=system.purifier,
+                second_pass=system.second_pass,
+                images=self._calibration(system.classifier),
+                folder=part,
+                seed=self.recipe.seed,
+            )
             self._seal(part, cells=[])
-            cells = self.measure(Bundle.load(part), undefended, adversarial, split="test")
-            Console(width=WIDTH).print(as_rich(cells))
+            cells = self.measure(system, Bundle.load(part), split="test")
+            for table in as_rich(cells):
+                Console(width=WIDTH).print(table)
             (part / "MODEL_CARD.md").write_text(model_card(self.recipe, cells, risk=RISK))
             self._seal(part, cells=cells)
             part.replace(target)
+            durable.sync_folder(target.parent)
         self.fabric.barrier()
         return target
 
-    def measure(self, bundle: Bundle, undefended: Classifier, adversarial: Classifier, *, split: Split) -> list[Cell]:
-        """The table on one split, from the folder where it was measured before on the same bundle."""
-        kept = self.folder / f"table-{split}.json"
-        made_from = {"first_pass": bundle.manifest.files["first_pass.onnx"], "vote": bundle.manifest.files["vote.onnx"]}
-        if kept.exists() and (found := json.loads(kept.read_text()))["made_from"] == made_from:
-            return [Cell.model_validate(cell) for cell in found["cells"]]
-        cells = evaluate(
-            undefended=undefended.to(self.fabric.device),
-            adversarial=adversarial.to(self.fabric.device),
+    def load(self) -> tuple[System, Bundle]:
+        """Return the networks and the bundle of a finished run, without any training.
+
+        Raises RunError if the run is not finished, which says how to finish it, or if a file is damaged; and
+        BundleError if the bundle is damaged.
+        """
+        self.folder.check_finished()
+        return self._system(), Bundle.load(self.folder.bundle)
+
+    def measure(self, system: System, bundle: Bundle, *, split: Split) -> list[Cell]:
+        """Return the measured table on one split. It is kept in the folder, and measured again for another bundle."""
+        kept = self.folder.path / f"table-{split}.json"
+        made_from = {name: bundle.manifest.files[name] for name in ("first_pass.onnx", "vote.onnx")}
+        if (cells := _kept_table(kept, made_from)) is not None:
+            return cells
+        cells = measure(
+            undefended=system.undefended,
+            classifier=system.classifier,
             pipeline=pipeline_of(bundle),
             data=self.test if split == "test" else self.validation,
             samples=self.recipe.samples,
             seed=self.recipe.seed,
+            published=PUBLISHED_ACCURACIES if self.recipe.dataset == PUBLISHED_FOR else None,
             report=lambda cell: log.info(
-                "%s %s: %.2f %% (published %s)", cell.attack, cell.column, cell.accuracy, cell.published
+                "%s, %s: %.2f %% (published: %s)", cell.threat.name, cell.defence, cell.accuracy, cell.published
             ),
         )
-        kept.write_text(json.dumps({"made_from": made_from, "cells": [cell.model_dump() for cell in cells]}, indent=1))
+        content = {"made_from": made_from, "cells": [cell.model_dump() for cell in cells]}
+        durable.write(kept, json.dumps(content, indent=1))
         return cells
+
+    def _system(self) -> System:
+        purifier = build_purifier(self.recipe.purifier)
+        load_weights(purifier, self.folder.weights("purifier"))
+        return System(
+            undefended=self._classifier("undefended"),
+            classifier=self._classifier("adversarial"),
+            purifier=purifier.to(self.fabric.device).eval(),
+        )
+
+    def _classifier(self, stage: Stage) -> Classifier:
+        classifier = build_classifier(self.recipe.classifier)
+        load_weights(classifier, self.folder.weights(stage))
+        return classifier.to(self.fabric.device).eval()
 
     def _calibration(self, classifier: Classifier) -> Tensor:
         """Held-out images [N, *shape], clean and under each foreseen attack."""
@@ -117,20 +243,20 @@ class Run:
         generator = torch.Generator(images.device).manual_seed(self.recipe.seed)
         with attacked_in_eval_mode(classifier):
             versions = [
-                attack_images(classifier, attack, images, labels, generator=generator) for attack in (CLEAN, *FORESEEN)
+                attack.images(classifier, images, labels, generator=generator)
+                for attack in (CLEAN, *self.recipe.attacks)
             ]
         return torch.cat(versions)
 
     def _seal(self, folder: Path, *, cells: list[Cell]) -> None:
-        config = self.recipe.classifier
         sealed(
             folder,
             {
                 "name": self.recipe.name,
                 "version": __version__,
                 "dataset": self.recipe.dataset,
-                "classes": [str(digit) for digit in range(config.classes)],
-                "input": {"shape": config.input_shape},
+                "classes": self.recipe.data.classes,
+                "input": {"shape": self.recipe.data.input_shape},
                 "code": self.recipe.purifier.code,
                 "latent": self.recipe.purifier.latent,
                 "samples": self.recipe.samples,
@@ -139,16 +265,15 @@ class Run:
             },
         )
 
-    def _claim_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path, mine = self.folder / "recipe.json", self.recipe.model_dump(mode="json")
-        if not path.exists():
-            path.write_text(json.dumps(mine, indent=2) + "\n")
-            return
-        theirs = json.loads(path.read_text())
-        if theirs != mine:
-            differing = sorted(key for key in mine if mine[key] != theirs.get(key))
-            raise RunError(
-                f"{self.folder} belongs to another recipe (it differs in {', '.join(differing)}): "
-                "give another folder with --folder, or remove this one to start afresh"
-            )
+
+def _kept_table(path: Path, made_from: dict[str, str]) -> list[Cell] | None:
+    """The cells in a file, if it is there, intact, and of the same graphs."""
+    try:
+        found: Any = json.loads(path.read_bytes())
+        if found["made_from"] == made_from:
+            return [Cell.model_validate(cell) for cell in found["cells"]]
+    except FileNotFoundError:
+        pass
+    except (ValueError, TypeError, KeyError, ValidationError):
+        log.warning("%s is damaged: measuring again", path)
+    return None

@@ -1,7 +1,7 @@
 """Training the purifier: a conditional VAE that gives the clean image back from a clean or attacked one.
 
-It sees the image and the frozen classifier's representation of it, no labels. Loss: pixelwise binary cross-entropy
-against the clean image plus KL divergence, both summed (over pixels, over latents), meaned over the batch.
+It sees the image and the frozen classifier's representation of it, and no labels. Loss: pixelwise binary cross-entropy
+against the clean image plus KL divergence. Each is summed (over pixels, over latents), then averaged over the batch.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import torch.nn.functional as F
 from lightning_fabric import Fabric
 from torch import Tensor, nn
 
-from carso_training.attacked import make
-from carso_training.attacks import CLEAN, FORESEEN, attack_images, attacked_in_eval_mode
-from carso_training.data import Dataset
-from carso_training.loop import fit
-from carso_training.networks import Classifier, Purifier
+from carso_training.attacks import CLEAN
+from carso_training.attacks.model import attacked_in_eval_mode
+from carso_training.datasets.examples import Examples
+from carso_training.fitting.attacked import make
+from carso_training.fitting.loop import fit
+from carso_training.networks import Classifier, Purifier, build_purifier
 from carso_training.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -28,32 +29,33 @@ VALIDATION_VOTES = 9
 
 
 def train_purifier(
-    fabric: Fabric, recipe: Recipe, classifier: Classifier, train: Dataset, held_out: Dataset, *, folder: Path
+    fabric: Fabric, recipe: Recipe, classifier: Classifier, *, train: Examples, held_out: Examples, folder: Path
 ) -> Purifier:
-    """The purifier of a frozen classifier. Attacked images are kept in ``folder/attacked``."""
+    """Train the purifier of a classifier, which is frozen. Raises what `fit` does.
+
+    `held_out` is never trained on; the figures of each epoch come from it. The attacked versions of `train` are kept
+    in ``folder/attacked``.
+    """
     torch.manual_seed(recipe.seed)
-    network = Purifier(recipe.purifier)
+    network = build_purifier(recipe.purifier)
     bf16 = recipe.purification_bf16 and multiplies_bf16(fabric.device)
     if recipe.purification_bf16 and not bf16:
         log.info("purifier: in float32, since this %s does not multiply bfloat16 itself", fabric.device.type.upper())
     classifier.requires_grad_(False).eval()
-    finished = (folder / "weights.safetensors").exists()
-    versions = None if finished else make(fabric, classifier, train, folder=folder / "attacked", seed=recipe.seed)
+    versions = make(fabric, classifier, recipe.attacks, train, folder=folder / "attacked", seed=recipe.seed)
     held_out = held_out[slice(VALIDATION_IMAGES)]
     with attacked_in_eval_mode(classifier):
         seen = {
-            attack.name: attack_images(
+            attack.name: attack.images(
                 classifier,
-                attack,
                 held_out.pixels(),
                 held_out.labels,
                 generator=torch.Generator(fabric.device).manual_seed(recipe.seed),
             )
-            for attack in (CLEAN, *FORESEEN)
+            for attack in (CLEAN, *recipe.attacks)
         }
 
     def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
-        assert versions is not None
         images = versions.batch(rows)
         target = images[0].flatten(1).repeat(len(images), 1)
         images = images.flatten(0, 1)
@@ -88,10 +90,10 @@ def train_purifier(
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether a device has its own bfloat16 matrix products.
+    """Tell whether a device has bfloat16 matrix products of its own.
 
-    A CPU without them (x86 with AVX2 only) is served by PyTorch's reference loops, up to a hundred times slower than
-    float32: measured on a Zen 3, 184 ms against 2 ms for 256 x 784 x 512.
+    On a CPU without them (x86 with AVX2 only) PyTorch runs reference loops, up to a hundred times slower than float32:
+    measured on a Zen 3, 184 ms against 2 ms for 256 x 784 x 512.
     """
     if device.type == "cpu":
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
@@ -100,7 +102,7 @@ def multiplies_bf16(device: torch.device) -> bool:
 
 @torch.no_grad()
 def majority(classifier: Classifier, purifier: nn.Module, images: Tensor, *, seed: int) -> Tensor:
-    """The winning class [B] of a few votes per image: a sketch of the pipeline, to follow training by."""
+    """Return the winning class [B] of a few votes per image: a sketch of the pipeline, to follow training by."""
     assert isinstance(purifier, Purifier)
     generator = torch.Generator(images.device).manual_seed(seed)
     codes = purifier.encode(classifier.represent(images).representation)

@@ -1,6 +1,6 @@
 """One training loop for every network: epochs, schedule, averaging, checkpoints that resume, a metrics log.
 
-A run that was cut off at any point goes on from its last finished epoch and ends in the same weights as one that
+A training that was cut off at any point resumes from its last finished epoch, and ends in the same weights as one that
 was not: all randomness of an epoch comes from the seed and the epoch's number, none from what went before.
 """
 
@@ -9,23 +9,32 @@ from __future__ import annotations
 import csv
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from lightning_fabric import Fabric
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from carso_training import durable
+from carso_training.errors import RunError, TrainingError
+from carso_training.fitting.checkpoints import Checkpoints, load_weights, save_weights
 from carso_training.recipe import Schedule
+
+WEIGHTS = "weights.safetensors"
+METRICS = "metrics.csv"
 
 BatchLoss = Callable[[nn.Module, Tensor, torch.Generator], dict[str, Tensor]]
 Validate = Callable[[nn.Module], dict[str, float]]
 
 
+N = TypeVar("N", bound=nn.Module)
+
+
 def fit(
     fabric: Fabric,
-    model: nn.Module,
+    model: N,
     *,
     title: str,
     folder: Path,
@@ -34,17 +43,21 @@ def fit(
     seed: int,
     batch_loss: BatchLoss,
     validate: Validate,
-) -> nn.Module:
+) -> N:
     """Train `model` on `rows` examples and return the averaged network, in eval mode.
 
     `batch_loss(model, indices, generator)` returns a dict whose ``loss`` is minimised and whose every entry (a
-    scalar, mean over the batch) is logged; `validate(network)` returns figures on held-out images. In `folder`:
-    ``weights.safetensors`` when done, ``checkpoint.pt`` until then, and ``metrics.csv``, a row per epoch.
+    scalar, mean over the batch) is logged. `validate(network)` returns figures on held-out images. In `folder`:
+    ``weights.safetensors`` when done, two checkpoints until then, and ``metrics.csv``, a row per epoch. A network
+    whose weights are there is not trained again.
+
+    Raises RunError if a file in `folder` is damaged or of another schedule, TrainingError if the loss is no longer a
+    finite number, and OSError if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    weights, checkpoint, metrics = (folder / n for n in ("weights.safetensors", "checkpoint.pt", "metrics.csv"))
+    weights, metrics, checkpoints = folder / WEIGHTS, folder / METRICS, Checkpoints(folder)
     if weights.exists():
-        model.load_state_dict(load_file(weights))
+        load_weights(model, weights)
         return fabric.to_device(model).eval()
 
     steps = -(-rows // (schedule.batch_size * fabric.world_size))
@@ -63,19 +76,20 @@ def fit(
         cycle_momentum=False,
     )
     first_epoch = 0
-    if checkpoint.exists():
-        state = torch.load(checkpoint, map_location=fabric.device, weights_only=True)
+    if (state := checkpoints.load(fabric.device)) is not None:
         if state["schedule"] != schedule.model_dump():
-            raise ValueError(
-                f"{checkpoint} was written under another schedule ({state['schedule']}): "
-                "go on with that one, or remove the folder to start afresh"
+            raise RunError(
+                f"{folder} was begun under another schedule ({state['schedule']}): go on with that one, or remove the "
+                "folder to start again"
             )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         rate.load_state_dict(state["rate"])
         first_epoch = state["epoch"]
-    _keep_rows(metrics, first_epoch)
+    fabric.barrier()  # all processes have read what the first one now writes
+    if fabric.is_global_zero:
+        _keep_rows(metrics, first_epoch)
 
     with _progress(enabled=fabric.is_global_zero) as progress:
         task = progress.add_task(title, total=schedule.epochs * steps, completed=first_epoch * steps, figures="")
@@ -87,7 +101,12 @@ def fit(
                 losses = batch_loss(trained, indices, generator)
                 optimizer.zero_grad(set_to_none=True)
                 fabric.backward(losses["loss"])
-                fabric.clip_gradients(trained, optimizer, max_norm=5.0, error_if_nonfinite=True)
+                norm = fabric.clip_gradients(trained, optimizer, max_norm=5.0, error_if_nonfinite=False)
+                if norm is not None and not norm.isfinite():
+                    raise TrainingError(
+                        f"{title}: the gradient is not finite in epoch {epoch + 1}; try a smaller peak_lr than "
+                        f"{schedule.peak_lr}"
+                    )
                 optimizer.step()
                 rate.step()
                 average.update_parameters(model)
@@ -99,8 +118,7 @@ def fit(
                 figures |= validate(average.module.eval())
                 _log(metrics, {"epoch": epoch + 1, "lr": rate.get_last_lr()[0], **figures})
                 progress.update(task, figures=_short(figures))
-                _save(
-                    checkpoint,
+                checkpoints.save(
                     {
                         "schedule": schedule.model_dump(),
                         "epoch": epoch + 1,
@@ -108,21 +126,20 @@ def fit(
                         "average": average.state_dict(),
                         "optimizer": optimizer.state_dict(),
                         "rate": rate.state_dict(),
-                    },
+                    }
                 )
             fabric.barrier()
 
     if fabric.is_global_zero:
-        part = weights.with_suffix(".part")
-        save_file(average.module.state_dict(), part)
-        part.replace(weights)
-        checkpoint.unlink()
+        save_weights(average.module, weights)
+        checkpoints.remove()
     fabric.barrier()
-    return average.module.eval()
+    trained_network: N = average.module.eval()
+    return trained_network
 
 
 def _batches(fabric: Fabric, rows: int, size: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
-    """This process's share of one epoch: equal shares, so that no process waits for another at the end."""
+    """Yield this process's share of one epoch: equal shares, so that no process waits for another at the end."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(_mix(seed, epoch)))
     per_process = rows // fabric.world_size
     mine = order[fabric.global_rank :: fabric.world_size][:per_process]
@@ -131,7 +148,7 @@ def _batches(fabric: Fabric, rows: int, size: int, *, seed: int, epoch: int) -> 
 
 
 def _generator(fabric: Fabric, seed: int, epoch: int) -> torch.Generator:
-    """Randomness of an epoch on this process's device; dropout draws from the global one, seeded alike."""
+    """Return the generator of an epoch on this process's device; dropout draws from the global one, seeded alike."""
     mixed = _mix(seed, epoch) + 1 + fabric.global_rank
     torch.manual_seed(mixed)
     return torch.Generator(fabric.device).manual_seed(mixed)
@@ -139,12 +156,6 @@ def _generator(fabric: Fabric, seed: int, epoch: int) -> torch.Generator:
 
 def _mix(seed: int, epoch: int) -> int:
     return (seed * 1_000_003 + epoch) * 1024  # room for 1 023 processes between two epochs
-
-
-def _save(path: Path, state: dict) -> None:
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    part.replace(path)
 
 
 def _log(path: Path, row: dict[str, float]) -> None:
@@ -158,11 +169,10 @@ def _log(path: Path, row: dict[str, float]) -> None:
 
 def _keep_rows(path: Path, epochs: int) -> None:
     """Drop rows of epochs that a crash lost between the log and the checkpoint."""
-    if path.exists():
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join(lines[: epochs + 1]) if epochs else "")
-        if not epochs:
-            path.unlink()
+    if path.exists() and not epochs:
+        path.unlink()
+    elif path.exists():
+        durable.write(path, "".join(path.read_text().splitlines(keepends=True)[: epochs + 1]))
 
 
 def _progress(*, enabled: bool) -> Progress:

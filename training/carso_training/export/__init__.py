@@ -1,0 +1,1 @@
+"""From trained networks to the files of a bundle, and back."""

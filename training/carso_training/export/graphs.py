@@ -1,0 +1,36 @@
+"""The two functions that a bundle ships, as torch modules that are exported to ONNX."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from carso_training.networks import Classifier, Purifier
+
+
+class FirstPassGraph(nn.Module):
+    """images [B, *shape] in [0, 1] -> probabilities [B, classes], codes [B, code]."""
+
+    def __init__(self, classifier: Classifier, purifier: Purifier) -> None:
+        super().__init__()
+        self.classifier = classifier.folded()
+        self.code_encoder = purifier.folded_encoder()
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        scores, representation = self.classifier(images)
+        return torch.softmax(scores, dim=1), self.code_encoder(representation)
+
+
+class VoteGraph(nn.Module):
+    """codes [M, code], code_index [R], latents [R, latent] -> votes [R], purified [R, *shape] in [0, 1]."""
+
+    def __init__(self, purifier: Purifier, second_pass: Classifier) -> None:
+        """`second_pass`: the classifier that votes."""
+        super().__init__()
+        self.decoder = purifier.folded_decoder()
+        self.classifier = second_pass.folded()
+
+    def forward(self, codes: Tensor, code_index: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
+        purified = self.decoder(codes, code_index, latents)
+        scores, _ = self.classifier(purified)
+        return scores.argmax(dim=1), purified

@@ -1,0 +1,1 @@
+"""Measuring a trained system under attack, and telling people the figures."""

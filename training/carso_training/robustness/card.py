@@ -1,0 +1,83 @@
+"""The model card of a bundle, for people."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from carso.bundle import Cell, Kind
+
+from carso_training.recipe import Recipe
+from carso_training.robustness.table import as_markdown
+
+CARD = """\
+# {name}
+
+A CARSO system (a classifier and a purifier) for {dataset}. It tells {classes} classes apart ({class_names}), from \
+images of shape {shape} with values in [0, 1]. `carso-train run {name}` trained it with seed {seed}. The whole recipe \
+is in `manifest.json`.
+
+The method is described in E. Ballarin, *Counteradversarial Recall of Synthetic Observations* (2022), and the networks \
+are those of that work. The weights are an exponential moving average over the steps of the training.
+
+## Measured accuracy
+
+Accuracy in percent, with 95 % (Wilson) intervals, on {images} test images. No test image took part in training or in \
+any choice. Each image was given up to {samples} votes. A count ends early at risk {risk:g}: each answer differs from \
+that of the full count with at most that probability.
+
+{table}
+
+{explanation}
+
+## Use
+
+The system is meant for research, teaching and tests on {dataset}. {norms} Nothing is known of its accuracy under \
+other threats, or on images that are not like those of {dataset}: every image gets an answer.
+
+## Files
+
+- `first_pass.onnx`, `vote.onnx` and `vote_int8.onnx` are what the service runs.
+- The files `*.safetensors` hold the same weights, for further training and white-box evaluation. \
+`carso_training.export.weights` reads them into PyTorch.
+- `self_test.npz` holds inputs with known answers, which the service checks at start.
+- `manifest.json` lists the SHA-256 of each file.
+"""
+
+EXPLANATIONS: dict[Kind, str] = {
+    "white-box": "Columns *none* (the undefended classifier) and *IAT* (the adversarially trained classifier) show "
+    "**white-box accuracy**: each classifier answers for images made against itself.",
+    "transfer": "Column *CARSO* shows **transfer accuracy**: the images were made against the IAT classifier alone, "
+    "and CARSO classified them. It says nothing about an attacker who differentiates through the whole of CARSO.",
+    "adaptive": "**Adaptive accuracy** is that against an attacker who knows and differentiates through the whole of "
+    "the defence, its randomness included.",
+    "black-box": "**Black-box accuracy** is that against an attacker who sees only answers.",
+}
+FAILED_ATTACK = (
+    "Accuracy above chance at eps 0.50 means that the attack failed, not that the defence held: 40 steps of 0.01 "
+    "cannot even cross that ball."
+)
+NORMS = {"linf": "L-infinity", "l2": "L2"}
+
+
+def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float) -> str:
+    """Write the card of a system from its recipe and its measured cells (at least one), in Markdown."""
+    kinds = {cell.kind for cell in cells}
+    sentences = [text for kind, text in EXPLANATIONS.items() if kind in kinds]
+    if any(cell.threat.name == "pgd-0.50" for cell in cells):
+        sentences.append(FAILED_ATTACK)
+    norms = dict.fromkeys(NORMS[cell.threat.norm] for cell in cells if cell.kind != "clean")
+    images = dict.fromkeys(cell.images for cell in cells)
+    return CARD.format(
+        name=recipe.name,
+        dataset=recipe.data.title,
+        classes=len(recipe.data.classes),
+        class_names=", ".join(recipe.data.classes),
+        shape=list(recipe.data.input_shape),
+        seed=recipe.seed,
+        images=" or ".join(str(count) for count in images),
+        samples=recipe.samples,
+        risk=risk,
+        table=as_markdown(cells),
+        explanation=" ".join(sentences),
+        norms=f"The attacks are {' and '.join(norms)} attacks." if norms else "",
+    )

@@ -1,0 +1,54 @@
+"""CARSO's answers, from the service's own pipeline on a bundle's ONNX graphs, in a way that can be reproduced."""
+
+from __future__ import annotations
+
+import numpy as np
+from carso.bundle import Bundle
+from carso.choices import MAX_SEED
+from carso.inference.jobs import Job, Result, Ticket, VotePlan
+from carso.inference.pipeline import Pipeline
+from carso.inference.sessions import Sessions
+
+ROUND_ROWS = 512  # benchmarks/threads.py: larger rounds cost more per vote on a CPU
+
+
+def pipeline_of(bundle: Bundle) -> Pipeline:
+    """Build a bundle's pipeline, on CUDA if it is there. Raises DeviceError if its graphs do not run."""
+    return Pipeline(
+        Sessions(bundle, device="auto"),
+        latent=bundle.manifest.latent,
+        classes=len(bundle.manifest.classes),
+        round_rows=ROUND_ROWS,
+    )
+
+
+def robust_answers(
+    pipeline: Pipeline, images: np.ndarray, *, samples: int, risk: float, seeds: np.ndarray
+) -> np.ndarray:
+    """Return the class that CARSO's vote elects for each image: [n] int64.
+
+    `images` [n, *shape] float32 in the bundle's value range. `samples`: votes asked for; a count ends early at `risk`.
+    `seeds` [n]: each image has latents of its own, as in the service without a seed; with one seed for all, one
+    unlucky draw of latents would tell in every image. The pipeline must be idle.
+    """
+    tickets = [
+        Ticket(Job(image[None], VotePlan(samples=samples, risk=risk, seed=seed)))
+        for image, seed in zip(images, seeds.tolist(), strict=True)
+    ]
+    pipeline.admit(tickets)
+    results: dict[Ticket, Result | None] = {}
+    while pipeline.busy:
+        results |= dict(pipeline.first_passes().finished)
+        results |= dict(pipeline.round().finished)
+    labels = []
+    for ticket in tickets:
+        result = results[ticket]
+        assert result is not None
+        labels.append(result.outcomes[0].label)
+    return np.array(labels, np.int64)
+
+
+def vote_seeds(count: int, *, seed: int, part: int) -> np.ndarray:
+    """Derive `count` seeds [count] int64 for votes from one seed; another `part` gives others."""
+    state = np.random.SeedSequence((seed, part)).generate_state(count, np.uint64)
+    return (state % (MAX_SEED + 1)).astype(np.int64)
