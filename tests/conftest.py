@@ -62,3 +62,12 @@ def endless_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]
 def endless_client(endless_server: Server) -> Iterator[httpx.Client]:
     with endless_server.client() as connected:
         yield connected
+
+
+LONGEST = ("test_training.py", "test_fuzz.py", "test_client.py")  # of the files whose tests share what they start
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Start the longest files first, so that no process is left alone with one at the end."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
