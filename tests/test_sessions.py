@@ -83,7 +83,7 @@ def test_cuda_refuses_where_there_is_no_gpu_and_says_what_to_set(bundle):
 
 def test_cuda_refuses_a_runtime_that_was_built_without_it(bundle, monkeypatch):
     monkeypatch.setattr(ort, "get_available_providers", lambda: [CPU])
-    with pytest.raises(DeviceError, match=r"built without CUDA; install onnxruntime-gpu, or set CARSO_DEVICE=cpu"):
+    with pytest.raises(DeviceError, match=r"built without CUDA; install carso\[gpu\] instead, or set CARSO_DEVICE=cpu"):
         Sessions(bundle, device="cuda")
 
 

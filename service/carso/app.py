@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 from fastapi import FastAPI
@@ -35,6 +34,7 @@ from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineError
 from carso.inference.pipeline import Pipeline
 from carso.inference.processors import give_way
+from carso.inference.runtime import check_runtime
 from carso.inference.sessions import Sessions
 from carso.options import FastOptions, robust_options
 from carso.settings import Settings, SettingsError
@@ -59,8 +59,9 @@ def create_app() -> ASGIApp:
         uvicorn --factory carso.app:create_app
 
     `carso serve` adds a drain at the stop and time limits for slow clients. Other servers do without, and the log warns
-    of it. Raises what `build` raises.
+    of it. Raises InstallationError, and what `build` raises.
     """
+    check_runtime()
     return build(Settings.read()).app
 
 
@@ -69,14 +70,14 @@ def build(settings: Settings) -> Service:
 
     Whatever can fail fails here, before a port is opened. Raises BundleError, DeviceError, SettingsError.
     """
-    keys = _keys(settings.api_keys_file)
-    tracing = _tracing() if settings.tracing else None
+    keys = _keys(settings)
+    tracing = _tracing(settings) if settings.tracing else None
     bundle = Bundle.load(settings.bundle)
     manifest = bundle.manifest
     if manifest.samples > settings.max_samples:
         raise SettingsError(
-            f"CARSO_MAX_SAMPLES: {settings.max_samples} is not allowed with bundle {manifest.name}; it must be at "
-            f"least {manifest.samples}, the votes that the bundle counts by default"
+            f"{settings.called('max_samples')}: {settings.max_samples} is not allowed with bundle {manifest.name}; it "
+            f"must be at least {manifest.samples}, the votes that the bundle counts by default"
         )
     sessions = _sessions(bundle, settings)
     provider = sessions.provider
@@ -202,21 +203,22 @@ def _lifespan(
     return lifespan
 
 
-def _keys(path: Path | None) -> ApiKeys | None:
-    if path is None:
+def _keys(settings: Settings) -> ApiKeys | None:
+    if settings.api_keys_file is None:
         return None
     try:
-        return ApiKeys.read(path)
+        return ApiKeys.read(settings.api_keys_file)
     except BadKeys as e:
-        raise SettingsError(f"CARSO_API_KEYS_FILE: {e}") from None
+        raise SettingsError(f"{settings.called('api_keys_file')}: {e}") from None
 
 
-def _tracing() -> Tracing:
+def _tracing(settings: Settings) -> Tracing:
     try:
         from carso.telemetry.tracing import Tracing
     except ImportError as e:
         raise SettingsError(
-            f"CARSO_TRACING: True is not allowed without its libraries ({e}): pip install 'carso[tracing]'"
+            f"{settings.called('tracing')}: True is not allowed without its libraries ({e}): "
+            "pip install 'carso[tracing]'"
         ) from None
     return Tracing()
 

@@ -238,7 +238,9 @@ def _build_on_cuda(graph: bytes, options: ort.SessionOptions) -> ort.InferenceSe
     CUDA in vain runs on the CPU without an exception; so the libraries are loaded first, and the built session asked.
     """
     if CUDA not in ort.get_available_providers():
-        raise DeviceError("this ONNX Runtime was built without CUDA; install onnxruntime-gpu, or set CARSO_DEVICE=cpu")
+        raise DeviceError(
+            "this ONNX Runtime was built without CUDA; install carso[gpu] instead, or set CARSO_DEVICE=cpu"
+        )
     try:
         ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -260,6 +262,6 @@ def _build_on_cuda(graph: bytes, options: ort.SessionOptions) -> ort.InferenceSe
     if session.get_providers()[0] != CUDA:
         raise DeviceError(
             f"CUDA was asked for, but the session runs on {session.get_providers()[0]}: no usable GPU, driver, CUDA or "
-            "cuDNN library was found. Check nvidia-smi, install carso's extra [cuda], or set CARSO_DEVICE=cpu"
+            "cuDNN library was found. Check nvidia-smi, install carso[gpu], or set CARSO_DEVICE=cpu"
         )
     return session
