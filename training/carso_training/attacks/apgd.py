@@ -1,8 +1,8 @@
 """Auto-PGD on the cross-entropy and on the targeted DLR loss (Croce & Hein, 2020, arXiv:2003.01690).
 
 `ascend` is the attack; `apgd_ce` and `apgd_t` are its two forms in AutoAttack. A function of scores may be random: a
-system that votes gives scores averaged over fresh latents at every call, and the attack then is one on their expectation
-(Athalye et al., 2018, arXiv:1802.00420). `tests/test_auto_attack.py` compares all of this with the authors' own code.
+system that votes gives scores averaged over fresh latents at every call. The attack is then on their expectation
+(Athalye et al., 2018, arXiv:1802.00420). `tests/test_auto_attack.py` compares the two forms with the authors' own code.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ def negative_log(log_probabilities: Tensor, labels: Tensor) -> Tensor:
 def targeted_dlr(targets: Tensor) -> Loss:
     """Return the targeted difference-of-logits-ratio loss towards `targets` [B].
 
-    It is -(z_label - z_target) / (z_1st - (z_3rd + z_4th) / 2), with the scores in descending order, and does not change
-    where all scores of an image are shifted or scaled. With fewer than four classes the last one stands for the missing.
+    It is -(z_label - z_target) / (z_1st - (z_3rd + z_4th) / 2), with the scores in descending order. Shifting or
+    scaling all scores of an image does not change it. With fewer than four classes the last stands for the missing.
     """
 
     def loss(scores: Tensor, labels: Tensor) -> Tensor:
@@ -64,20 +64,25 @@ def ascend(
     loss: Loss,
     eps: float | Tensor,
     steps: int = STEPS,
+    start: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Raise `loss` in the L-infinity ball, with a step size of its own for every image.
 
     Returns, for each image, the misclassified iterate of highest loss, else the iterate of highest loss: [B, ...] in
-    [0, 1], within `eps` of `images` and detached. The step starts at 2 eps and is halved at checkpoints at which the loss
-    has not risen often enough, or neither it nor the step has changed since the last one; the search then goes on from
-    the best point. Takes `steps` + 1 gradients. See `attack.Making` for the other arguments.
+    [0, 1], within `eps` of `images` and detached. The step starts at 2 eps. It is halved at checkpoints at which the
+    loss has not risen often enough, or neither the best loss nor the step has changed since the last one; the search
+    then resumes from the best point. Takes `steps` + 1 gradients.
+
+    `start` [B, ...]: where to begin, such as the result of another attack, which the result then is not worse than;
+    None: at random in the ball. See `attack.Making` for the other arguments.
     """
     each = (-1, *[1] * (images.dim() - 1))  # the shape of one number per image
     low, high = (images - eps).clamp_(min=0.0), (images + eps).clamp_(max=1.0)
-    noise = 2 * torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype) - 1
-    noise /= noise.abs().flatten(1).amax(dim=1).view(each)
-    x = torch.clamp(images + eps * noise, low, high)
+    if start is None:
+        noise = 2 * torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype) - 1
+        start = images + eps * noise / noise.abs().flatten(1).amax(dim=1).view(each)
+    x = torch.clamp(start, low, high)
     before = x.clone()
     values, gradient, wrong = _look(scores, x, labels, loss)
     best, best_gradient, best_value = x.clone(), gradient.clone(), values.clone()

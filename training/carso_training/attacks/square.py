@@ -1,4 +1,4 @@
-"""Square attack (Andriushchenko et al., 2020, arXiv:1912.00049) and random search: they need scores, and no gradients."""
+"""Square attack (Andriushchenko et al., 2020, arXiv:1912.00049) and random search. They need scores, not gradients."""
 
 from __future__ import annotations
 

@@ -86,8 +86,11 @@ class Campaign:
         self.judge, self.seed, self.batch, self.device = judge, seed, batch, device
         self._claim({**belongs_to, "eps": eps, "seed": seed, "batch": batch, "rows": rows.tolist()})
 
-    def run(self, trials: Sequence[Trial], *, quiet: bool = False) -> Outcome:
-        """Judge the clean images, then every trial on those that are left. Raises RunError and OSError."""
+    def run(self, trials: Sequence[Trial], *, title: str, quiet: bool = False) -> Outcome:
+        """Judge the clean images, then every trial on those that are left. Raises RunError and OSError.
+
+        `title` stands before the progress bar; `quiet`: there is none.
+        """
         alive = torch.ones(len(self.rows), dtype=torch.bool)
         clean, tried = alive.clone(), []
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
@@ -96,11 +99,11 @@ class Campaign:
             for number, trial in enumerate((CLEAN, *trials)):
                 places = alive.nonzero().squeeze(1)
                 seconds = 0.0
-                for index, part in enumerate(places.split(self.batch)):
+                for index, part in enumerate(places.split(self.batch) if len(places) else ()):
                     progress.update(
                         bar,
-                        description=f"eps {self.eps:.2f} {trial.name}: {int(alive.sum())} of {len(alive)} stand",
-                        completed=number + index * self.batch / max(len(places), 1),
+                        description=f"{title} {trial.name}: {int(alive.sum())} of {len(alive)} stand",
+                        completed=number + index * self.batch / len(places),
                     )
                     done = self._batch(number, trial, index, part)
                     alive[part] = torch.from_numpy(done.survived)
@@ -174,6 +177,6 @@ class Campaign:
         if theirs != json.loads(content):
             differing = sorted(key for key in {*mine, *theirs} if theirs.get(key) != json.loads(content).get(key))
             raise RunError(
-                f"{self.folder} has results of another measurement (it differs in {', '.join(differing)}). Give another "
-                "folder with --out, or remove this one."
+                f"{self.folder} has results of another measurement (it differs in {', '.join(differing)}). "
+                "Give another folder with --out, or remove this one."
             )

@@ -24,8 +24,8 @@ from carso_training.robustness.effort import Effort
 from carso_training.robustness.figures import Figure, Measured, Protocol
 from carso_training.robustness.judges import Counting, FastPath, Judge, RobustPath
 from carso_training.robustness.strong import strong_trials
-from carso_training.robustness.system import System
 from carso_training.robustness.voting import pipeline_of
+from carso_training.robustness.white_box import WhiteBox
 
 ROWS = {"cpu": 1024, "cuda": 65536}  # of networks' inputs to compute at once
 MOST_IMAGES = {"cpu": 256, "cuda": 4096}  # attacked at once
@@ -52,7 +52,7 @@ class Evaluation:
         """
         self.bundle, self.data, self.plan, self.out, self.device, self.quiet = bundle, data, plan, out, device, quiet
         self.rows = subset(len(data), images=plan.images, seed=plan.seed)
-        self.system = System.of(bundle).to(device)
+        self.system = WhiteBox.of(bundle).to(device)
         self.pipeline = pipeline_of(bundle)
         out.mkdir(parents=True, exist_ok=True)
 
@@ -89,7 +89,7 @@ class Evaluation:
     ) -> None:
         """Measure all of CARSO, a figure for each eps. `surrogate`: another bundle, whose attacks are tried too."""
         effort = self.plan.effort
-        other = None if surrogate is None else System.of(surrogate).to(self.device)
+        other = None if surrogate is None else WhiteBox.of(surrogate).to(self.device)
         for eps in strengths:
             trials = adaptive_trials(self.system, eps=eps, effort=effort, surrogate=other)
             found = self._campaign(
@@ -135,7 +135,7 @@ class Evaluation:
             },
             device=self.device,
         )
-        return campaign.run(trials, quiet=self.quiet)
+        return campaign.run(trials, title=f"{protocol} eps {eps:.2f}", quiet=self.quiet)
 
     def _figure(self, protocol: Protocol, defence: str, eps: float, found: Outcome) -> Figure:
         settings = dataclasses.asdict(self.plan.effort)
@@ -170,7 +170,7 @@ class Evaluation:
 
 
 def subset(count: int, *, images: int | None, seed: int) -> Tensor:
-    """Draw which of `count` images are measured, in ascending order: [images] int64. The same for every eps and system."""
+    """Draw which of `count` images are measured: [images] int64, ascending, the same for every eps and system."""
     if images is None or images >= count:
         return torch.arange(count)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))

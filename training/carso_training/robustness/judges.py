@@ -12,8 +12,8 @@ from torch import Tensor
 from carso_training.robustness.voting import robust_answers, vote_seeds
 
 Judge = Callable[[Tensor, Tensor, Tensor, int], Tensor]
-"""Images [B, *shape] on any device, labels [B], their rows in the data set [B], and the number of the trial -> which are
-classified correctly, [B] bool on the CPU."""
+"""Images [B, *shape] on any device, labels [B], their rows in the data set [B], and the number of the trial -> which of
+them are classified correctly, [B] bool on the CPU."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
-"""The strong protocol, for a classifier alone: APGD, targeted APGD, PGD with restarts, Square.
+"""The strong protocol, for a classifier alone: APGD, targeted APGD, PGD with restarts, Square with APGD after it.
 
-The classifier is attacked through its raw scores, those before a last activation that may hide gradients (`system.py`),
-and through the scores that it decides by.
+The classifier is attacked through its raw scores, those before a last activation that may hide gradients
+(`white_box.py`), and through the scores that it decides by.
 """
 
 from __future__ import annotations
@@ -30,5 +30,7 @@ def strong_trials(*, raw: Scores, scores: Scores, classes: int, eps: float, effo
         trials.untargeted("apgd-ce", after, eps=eps, steps=steps),
         *(trials.targeted(f"apgd-t-raw-{r + 1}", before, rank=r, eps=eps, steps=steps) for r in ranks),
         *(trials.descent(f"pgd-raw-{n + 1}", before, eps=eps, steps=effort.pgd_steps) for n in range(effort.restarts)),
-        trials.squares("square", after, eps=eps, queries=effort.queries),
+        trials.squares_and_gradients(
+            "square-apgd-raw", after, before, eps=eps, queries=effort.queries, steps=effort.steps
+        ),
     ]

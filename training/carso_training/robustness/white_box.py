@@ -1,15 +1,16 @@
 """All of CARSO as one differentiable function: what an attacker who knows everything takes gradients of.
 
-It is made of the same folded modules that are exported as the bundle's graphs, so it computes what the graphs compute, to
-rounding (`tests/test_system.py`). What it adds are the *raw scores* of the votes: what the last linear layer of the
-second pass gives. The published classifier has a Mish after that layer, which is flat where scores are low, so that
-gradients taken behind it are weak or zero; an attacker takes them before it.
+It is made of the same folded modules that are exported as the bundle's graphs, so it computes what the graphs compute,
+to rounding (`tests/test_white_box.py`). What it adds are the *raw scores* of the votes: what the last linear layer of
+the second pass gives. The published classifier has a Mish after that layer, which is flat where scores are low. So
+gradients taken behind it are weak or zero, and an attacker takes them before it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import contextmanager
+from copy import deepcopy
 from typing import Literal
 
 import torch
@@ -29,10 +30,10 @@ Latents = Callable[[int], Tensor]
 """A number of rows R -> latents [R, latent]."""
 
 
-class System(nn.Module):
+class WhiteBox(nn.Module):
     """First pass, code encoder, decoder and second pass, in eval mode, with frozen weights.
 
-    Deep copies: moving a system to another device or dtype (`.to`, `.double()`) leaves the networks as they were.
+    Moving a system to another device or dtype may move the networks that it was built from.
     """
 
     def __init__(self, *, classifier: Classifier, purifier: Purifier, second_pass: Classifier) -> None:
@@ -46,13 +47,17 @@ class System(nn.Module):
         self.eval().requires_grad_(False)
 
     @classmethod
-    def of(cls, bundle: Bundle) -> System:
+    def of(cls, bundle: Bundle) -> WhiteBox:
         """Build the system of a bundle from its safetensors, on the CPU, in float32."""
         return cls(
             classifier=weights.classifier_of(bundle),
             purifier=weights.purifier_of(bundle),
             second_pass=weights.second_pass_of(bundle),
         )
+
+    def double_copy(self) -> WhiteBox:
+        """Return the same system in float64; this one stays as it is."""
+        return deepcopy(self).double()
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Images [B, *shape] in [0, 1] -> the first pass's raw scores [B, classes] and the codes [B, code]."""
@@ -62,8 +67,8 @@ class System(nn.Module):
     def vote(self, codes: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Codes [B, code] and latents [K * B, latent] -> raw scores and scores, [K, B, classes] each.
 
-        Latents are in order of votes, then of images: the rows k * B ... k * B + B - 1 are vote k of all images. The class
-        of highest score is the vote.
+        Latents are in order of votes, then of images: the rows k * B ... k * B + B - 1 are vote k of all images. A vote
+        is the class of highest score.
         """
         count = len(latents) // len(codes)
         index = torch.arange(len(codes), device=codes.device).repeat(count)
@@ -71,7 +76,7 @@ class System(nn.Module):
         return tuple(part.unflatten(0, (count, len(codes))) for part in (raw, scores))
 
     def forward(self, images: Tensor, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Images [B, *shape] and latents [K * B, latent] -> raw scores and scores of the votes, [K, B, classes] each."""
+        """Images [B, *shape] and latents [K * B, latent] -> the votes' raw scores and scores, [K, B, classes] each."""
         return self.vote(self.encode(images)[1], latents)
 
     def classifier_scores(self, *, raw: bool = True) -> Scores:
