@@ -6,12 +6,13 @@ import errno
 import json
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
 import typer
-from carso.bundle import BundleError
+from carso.bundle import MANIFEST, Bundle, BundleError
 from carso.inference.runtime import InstallationError, check_runtime
 from carso.inference.sessions import DeviceError
 from carso.version import __version__
@@ -21,16 +22,23 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from carso_training.datasets import dataset
-from carso_training.errors import DeviceUnavailableError, RecipeError, TrainingError
+from carso_training.errors import DeviceUnavailableError, RecipeError, RunError, TrainingError
 from carso_training.recipe import PRESETS, Recipe
+from carso_training.robustness.effort import EFFORTS, EffortName
+from carso_training.robustness.evaluation import Evaluation, Plan, images_of
+from carso_training.robustness.figures import Figure
+from carso_training.robustness.report import update, updated
 from carso_training.robustness.samples import write_samples
-from carso_training.robustness.table import WIDTH, as_rich
+from carso_training.robustness.sanity import Checks
+from carso_training.robustness.table import WIDTH, as_rich, wilson
 from carso_training.robustness.voting import pipeline_of
 from carso_training.run import Run, RunFolder, Split
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
+SANITY_IMAGES = 200  # the checks make their attacks a dozen times over
+WantedProtocol = Literal["published", "strong", "adaptive", "full"]
 
 DataFolder = Annotated[
     Path | None,
@@ -114,22 +122,91 @@ def presets() -> None:
 
 @app.command()
 def evaluate(
-    recipe: RecipeName,
+    subject: Annotated[
+        str, typer.Argument(metavar="BUNDLE|RECIPE", help="A bundle's folder; or a recipe, whose run is finished.")
+    ],
     *,
-    split: Annotated[Split, typer.Option(help="Choose schedules on `validation`; `test` is only ever measured.")],
+    protocol: Annotated[
+        WantedProtocol,
+        typer.Option(
+            help="published: the attacks of the published table, which see a classifier only (needs a recipe). strong: "
+            "the classifier alone, all attacks. adaptive: CARSO, by an attacker who knows all of it, with sanity "
+            "checks. full: all of these."
+        ),
+    ] = "published",
+    split: Annotated[
+        Split | None,
+        typer.Option(help="Choose on `validation`; `test` is only ever measured. A recipe needs it; a bundle: test."),
+    ] = None,
+    images: Annotated[int, typer.Option(min=1, help="How many of the split's images, drawn at random.")] = 1000,
+    eps: Annotated[
+        list[float] | None, typer.Option(min=0.001, max=1.0, help="Strengths. [default: 0.15 and 0.30]")
+    ] = None,
+    effort: Annotated[EffortName, typer.Option(help="quick: minutes on two cores for a hundred images.")] = "thorough",
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of APGD, in place of the effort's.")] = None,
+    latents: Annotated[
+        int | None, typer.Option(min=1, help="Latents per step of an attack, in place of the effort's.")
+    ] = None,
+    surrogate: Annotated[
+        Path | None, typer.Option(help="Another bundle: images made against it are tried on this one too.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the figures. [default: runs/robustness/<bundle>]")] = None,
     quick: Quick = False,
     seed: Seed = None,
     folder: Folder = None,
     source: DataFolder = None,
     accelerator: Accelerator = "auto",
 ) -> None:
-    """Measure a finished run's bundle on a split, beside the published numbers. Nothing is trained."""
-    opened = _open(
-        _recipe(recipe, quick=quick, seed=seed), folder, source=source, accelerator=accelerator, finished=True
-    )
-    system, bundle = opened.load()
-    for table in as_rich(opened.measure(system, bundle, split=split)):
-        Console(width=WIDTH).print(table)
+    """Measure a bundle under attack. Nothing is trained.
+
+    Except for the published table, each figure goes into a JSON file of its own, and you can stop at any time: run the
+    same command again to resume. --seed decides the images and the attacks.
+    """
+    if (Path(subject) / MANIFEST).exists():
+        if protocol == "published":
+            raise RecipeError(
+                f"{subject} is a bundle, and does not hold the undefended classifier of the published table. Give the "
+                "recipe of its run, or another --protocol"
+            )
+        bundle, split = Bundle.load(Path(subject)), split or "test"
+    elif split is None:
+        raise typer.BadParameter("a recipe needs it: validation or test", param_hint="--split")
+    else:
+        chosen = _recipe(subject, quick=quick, seed=seed)
+        opened = _open(chosen, folder, source=source, accelerator=accelerator, finished=True)
+        system, bundle = opened.load()
+        if protocol in ("published", "full"):
+            for table in as_rich(opened.measure(system, bundle, split=split)):
+                Console(width=WIDTH).print(table)
+    if protocol != "published":
+        chosen_effort = EFFORTS[effort]
+        budget = replace(chosen_effort, steps=steps or chosen_effort.steps, latents=latents or chosen_effort.latents)
+        evaluation = Evaluation(
+            bundle,
+            data=images_of(bundle, split, given=source),
+            plan=Plan(split=split, images=images, seed=seed or 0, effort=budget),
+            out=out or Path("runs") / "robustness" / bundle.manifest.name,
+            device=_device(accelerator),
+        )
+        try:
+            _measure(evaluation, protocol, eps=eps or [0.15, 0.30], surrogate=surrogate)
+        except KeyboardInterrupt:
+            _tell("stopped. Run the same command again to resume from the last finished batch")
+            raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def report(
+    page: Annotated[Path, typer.Argument(help="A page with marked places, such as docs/robustness.md.")],
+    *,
+    check: Annotated[bool, typer.Option("--check", help="Write nothing; end with 1 if the page would change.")] = False,
+) -> None:
+    """Write the tables of a page again from the measured figures in the folder of the page's name."""
+    if check:
+        if updated(page) != page.read_text():
+            raise RunError(f"{page} is not what its figures say. Write it again with: carso-train report {page}")
+    else:
+        typer.echo(f"{page}: {'written again' if update(page) else 'as its figures say'}")
 
 
 @app.command()
@@ -157,6 +234,35 @@ def samples(
     )
     for path in written:
         typer.echo(path)
+
+
+def _measure(evaluation: Evaluation, protocol: WantedProtocol, *, eps: list[float], surrogate: Path | None) -> None:
+    def show(figure: Figure) -> None:
+        cell = figure.cell
+        low, high = wilson(cell.correct, cell.images)
+        typer.echo(
+            f"{figure.protocol} {cell.defence} eps {cell.threat.eps:.2f}: {cell.correct} of {cell.images} images, "
+            f"{cell.accuracy:.1f} % [{low:.1f}, {high:.1f}], in {figure.seconds:.0f} s"
+        )
+
+    if protocol in ("strong", "full"):
+        evaluation.strong(eps, report=show)
+    if protocol in ("adaptive", "full"):
+        evaluation.adaptive(eps, surrogate=None if surrogate is None else Bundle.load(surrogate), report=show)
+        sanity = Checks(evaluation, images=min(SANITY_IMAGES, len(evaluation.rows)), eps=max(eps)).run()
+        for check in sanity.checks:
+            typer.echo(f"{'pass' if check.passed else 'FAIL'}: {check.name} ({check.evidence})")
+    typer.echo(evaluation.out)
+
+
+def _device(accelerator: str) -> torch.device:
+    """Choose where attacks are made."""
+    if accelerator == "cuda" and not torch.cuda.is_available():
+        raise DeviceUnavailableError(
+            f"--accelerator cuda: PyTorch {torch.__version__} finds no usable GPU. Check nvidia-smi and that this "
+            "PyTorch was built for CUDA, or give --accelerator cpu"
+        )
+    return torch.device("cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _open(

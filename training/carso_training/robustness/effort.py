@@ -25,11 +25,11 @@ class Effort:
 EFFORTS: dict[EffortName, Effort] = {
     # minutes on two cores for a hundred images: a look, and a baseline for tests
     "quick": Effort(
-        steps=40,
+        steps=50,
         targets=3,
         restarts=2,
-        pgd_steps=40,
-        queries=500,
+        pgd_steps=50,
+        queries=1000,
         latents=8,
         latents_of_square=4,
         draws=2,
@@ -41,7 +41,7 @@ EFFORTS: dict[EffortName, Effort] = {
         pgd_steps=200,
         queries=5000,
         latents=20,
-        latents_of_square=10,
+        latents_of_square=5,
         draws=5,
     ),
 }

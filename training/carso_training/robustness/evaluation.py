@@ -16,12 +16,14 @@ import torch
 from carso.bundle import Bundle, Cell, Threat
 from torch import Tensor
 
+from carso_training.datasets import dataset
 from carso_training.datasets.examples import Examples
+from carso_training.errors import RecipeError
 from carso_training.robustness import figures
 from carso_training.robustness.adaptive import adaptive_trials
 from carso_training.robustness.campaign import Campaign, Outcome, Trial
 from carso_training.robustness.effort import Effort
-from carso_training.robustness.figures import Figure, Measured, Protocol
+from carso_training.robustness.figures import Figure, Measured, Protocol, Split
 from carso_training.robustness.judges import Counting, FastPath, Judge, RobustPath
 from carso_training.robustness.strong import strong_trials
 from carso_training.robustness.voting import pipeline_of
@@ -35,7 +37,8 @@ MOST_IMAGES = {"cpu": 256, "cuda": 4096}  # attacked at once
 class Plan:
     """What is measured: all that decides the figures of a bundle, but the machine."""
 
-    images: int | None  # how many of the test images, drawn at random; None: all
+    split: Split
+    images: int | None  # how many of the split's images, drawn at random; None: all
     seed: int  # decides the images, the attacks and the votes
     effort: Effort
 
@@ -46,7 +49,7 @@ class Evaluation:
     def __init__(
         self, bundle: Bundle, *, data: Examples, plan: Plan, out: Path, device: torch.device, quiet: bool = False
     ) -> None:
-        """`data`: the whole test set, on the CPU. `device`: where attacks are made. `quiet`: no progress bar.
+        """`data`: the whole split, on the CPU. `device`: where attacks are made. `quiet`: no progress bar.
 
         Raises DeviceError if the bundle's graphs do not run, and OSError if `out` cannot be written.
         """
@@ -62,7 +65,7 @@ class Evaluation:
         whole = len(self.rows) == len(self.data)
         subset = f"all {len(self.data)}" if whole else f"{len(self.rows)} drawn at random, seed {self.plan.seed}"
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
-        return figures.measured(self.bundle, subset=subset, device=device)
+        return figures.measured(self.bundle, split=self.plan.split, subset=subset, device=device)
 
     def strong(self, strengths: Sequence[float], *, report: Callable[[Figure], None] = lambda figure: None) -> None:
         """Measure the classifier of the first pass, a figure for each eps."""
@@ -128,6 +131,7 @@ class Evaluation:
             batch=self.batch(votes),
             belongs_to={
                 "bundle": self.bundle.checksum,
+                "split": self.plan.split,
                 "effort": dataclasses.asdict(self.plan.effort),
                 "counting": dataclasses.asdict(self.counting),
                 "trials": [[trial.name, dict(trial.settings)] for trial in trials],
@@ -167,6 +171,23 @@ class Evaluation:
         )
         figures.write(self.out, figure)
         return figure
+
+
+def images_of(bundle: Bundle, split: Split, *, given: Path | None = None) -> Examples:
+    """Load the test images of a bundle's data set, or the validation images that its recipe held out, on the CPU.
+
+    `given`: a folder with the data set's files. Raises DataUnavailableError, and RecipeError if the bundle's recipe
+    does not say which images it held out.
+    """
+    data = dataset(bundle.manifest.dataset)
+    if split == "test":
+        return data.load("test", given=given)
+    recipe = bundle.manifest.recipe
+    try:
+        held_out, seed = int(recipe["validation_images"]), int(recipe["seed"])
+    except (KeyError, TypeError, ValueError) as e:
+        raise RecipeError(f"the recipe in {bundle.folder} does not say which images it held out: {e!r}") from None
+    return data.load("train", given=given).split(held_out=held_out, seed=seed)[1]
 
 
 def subset(count: int, *, images: int | None, seed: int) -> Tensor:

@@ -18,6 +18,7 @@ from carso_training import durable
 from carso_training.errors import RunError
 
 Protocol = Literal["strong", "adaptive"]
+Split = Literal["validation", "test"]
 Settings = dict[str, int | float | str]
 LIBRARIES = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy")
 
@@ -32,8 +33,8 @@ class Measured(_Strict):
     bundle: str  # its name
     checksum: str  # SHA-256 of its manifest
     dataset: str
-    split: Literal["test"] = "test"
-    subset: str  # which images
+    split: Split
+    subset: str  # which images of the split
     device: str  # that the attacks were made on
     versions: dict[str, str]
 
@@ -91,7 +92,7 @@ class Sanity(_Strict):
     file_name: str = "sanity.json"
 
 
-def measured(bundle: Bundle, *, subset: str, device: str) -> Measured:
+def measured(bundle: Bundle, *, split: Split, subset: str, device: str) -> Measured:
     """Note what is measured, with the versions of the libraries that compute it."""
     installed = {"python": platform.python_version(), "carso": version("carso")}
     for name in LIBRARIES:
@@ -103,6 +104,7 @@ def measured(bundle: Bundle, *, subset: str, device: str) -> Measured:
         bundle=bundle.manifest.name,
         checksum=bundle.checksum,
         dataset=bundle.manifest.dataset,
+        split=split,
         subset=subset,
         device=device,
         versions=installed,

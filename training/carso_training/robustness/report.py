@@ -2,10 +2,10 @@
 
 A page has its tables between two lines, which this keeps:
 
-    <!-- measured: models/mnist-fcn -->
+    <!-- measured: mnist-fcn -->
     <!-- end -->
 
-The name is that of a folder of figures, relative to the folder that all figures lie in.
+The name is that of a folder of figures; these folders lie in one that is named after the page, without its suffix.
 """
 
 from __future__ import annotations
@@ -27,21 +27,22 @@ TITLES = {
 }
 
 
-def page(text: str, *, root: Path) -> str:
-    """Return a page with every measured part made again from the figures under `root`.
+def updated(path: Path) -> str:
+    """Return the page at `path` with every measured part made again from its figures.
 
-    Raises RunError if there is none, or a figure cannot be read.
+    Raises RunError if there are none or one cannot be read, and OSError if the page cannot.
     """
-    return PLACE.sub(lambda m: f"{m['head']}{as_markdown(root / m['name'])}\n{m['end']}", text)
+    root = path.with_suffix("")
+    return PLACE.sub(lambda m: f"{m['head']}\n{as_markdown(root / m['name'])}\n\n{m['end']}", path.read_text())
 
 
-def update(path: Path, *, root: Path) -> bool:
+def update(path: Path) -> bool:
     """Write the page at `path` again; return whether it changed. Raises RunError and OSError."""
-    before = path.read_text()
-    after = page(before, root=root)
-    if after != before:
+    after = updated(path)
+    changed = after != path.read_text()
+    if changed:
         durable.write(path, after)
-    return after != before
+    return changed
 
 
 def as_markdown(folder: Path) -> str:

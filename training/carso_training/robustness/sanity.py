@@ -322,6 +322,7 @@ class Checks:
             batch=evaluation.batch(2 * self.votes),
             belongs_to={
                 "bundle": evaluation.bundle.checksum,
+                "split": evaluation.plan.split,
                 "effort": dataclasses.asdict(self.effort),
                 "trials": [[trial.name, dict(trial.settings)] for trial in attacks],
             },
