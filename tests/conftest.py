@@ -71,3 +71,8 @@ LONGEST = ("test_training.py", "test_fuzz.py", "test_client.py")  # of the files
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Start the longest files first, so that no process is left alone with one at the end."""
     items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """Say what this run leaves out, and how to run it."""
+    return "the slow tests are left out; `pytest -m slow` runs them" if config.option.markexpr == "not slow" else None
