@@ -13,6 +13,7 @@ for nothing, all of them to class 0.
 
 from __future__ import annotations
 
+import select
 import sys
 import time
 from collections.abc import Callable
@@ -62,7 +63,7 @@ def _paced(vote: Vote, speed: str, *, per_second: float, failing: bool) -> Vote:
         if per_second:
             due = max(due, len(votes) / per_second)
         if due > took:
-            time.sleep(due - took)
+            select.select([], [], [], due - took)  # time.sleep fails where the wall clock is faked
         return votes
 
     def vote_fast(codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
