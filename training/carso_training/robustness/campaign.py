@@ -148,7 +148,7 @@ class Campaign:
 
     def _read(self, path: Path, rows: Tensor) -> _Batch:
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 same, survived, seconds = arrays["rows"], arrays["survived"], float(arrays["seconds"])
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise RunError(f"{path} is damaged ({e}). Remove it; the same command then makes it again.") from None

@@ -55,7 +55,7 @@ def as_markdown(folder: Path) -> str:
         parts += [accuracies(found), "**Which attack breaks what**", *(attacks(figure) for figure in found)]
     if sanity:
         parts.append(checks(sanity))
-    parts += [origin(each) for each in dict.fromkeys(_origins(found, sanity))]
+    parts += dict.fromkeys(origin(each) for each in _origins(found, sanity))
     return "\n\n".join(parts)
 
 
