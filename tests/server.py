@@ -67,16 +67,28 @@ def serving(
     settings = {"bundle": bundle.absolute(), "port": 0, "device": "cpu", "threads": 1, **settings}
     with log.open("wb") as stderr:
         process = subprocess.Popen(arguments, env=environment(**settings), stderr=stderr, cwd=ROOT)
-    try:
-        yield _ready(process, log)
-    finally:
-        process.terminate()
+    with _ended_with_us(process):
         try:
-            process.wait(PATIENCE)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-            raise
+            yield _ready(process, log)
+        finally:
+            process.terminate()
+            try:
+                process.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+                raise
+
+
+@contextmanager
+def _ended_with_us(process: subprocess.Popen[bytes]) -> Iterator[None]:
+    """End `process` even if the tests are killed: a shell waits for the end of a pipe that only this process holds."""
+    script = f"read -r _; kill {process.pid}"
+    with subprocess.Popen(["/bin/sh", "-c", script], stdin=subprocess.PIPE, start_new_session=True) as watcher:
+        try:
+            yield
+        finally:
+            watcher.kill()
 
 
 def _ready(process: subprocess.Popen[bytes], log: Path) -> Server:

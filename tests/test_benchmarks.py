@@ -1,4 +1,4 @@
-"""The servers that benchmarks start: they end with the benchmark, whatever ends it."""
+"""The servers that benchmarks and tests start: they end with them, whatever ends them."""
 
 from __future__ import annotations
 
@@ -23,11 +23,23 @@ with carso(Path(sys.argv[1]), CARSO_THREADS="1") as server:
     print(server.pid, flush=True)
     time.sleep(1e6)
 """
+TEST = """
+import sys, time
+from pathlib import Path
+from tests.server import serving
+with serving(Path(sys.argv[1]), Path(sys.argv[2])) as server:
+    print(server.process.pid, flush=True)
+    time.sleep(1e6)
+"""
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_a_benchmark_that_is_interrupted_leaves_no_server_running(number):
-    command = [sys.executable, "-c", BENCHMARK, str(shared_bundle(SMALL))]
+@pytest.mark.parametrize(
+    ("program", "number"),
+    [(BENCHMARK, signal.SIGINT), (BENCHMARK, signal.SIGTERM), (BENCHMARK, signal.SIGKILL), (TEST, signal.SIGKILL)],
+    ids=["benchmark-SIGINT", "benchmark-SIGTERM", "benchmark-SIGKILL", "test-SIGKILL"],
+)
+def test_a_benchmark_or_test_that_is_interrupted_leaves_no_server_running(program, number, tmp_path):
+    command = [sys.executable, "-c", program, str(shared_bundle(SMALL)), str(tmp_path / "log")]
     with subprocess.Popen(command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE) as benchmark:
         pid = int(benchmark.stdout.readline())
         server = os.pidfd_open(pid)
