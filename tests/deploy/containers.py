@@ -71,7 +71,7 @@ def request(
     headers: Mapping[str, str] = IMAGE,
 ) -> tuple[int, Any]:
     """Status and JSON of one request on a connection of its own."""
-    connection = http.client.HTTPConnection(host, port, timeout=60)
+    connection = http.client.HTTPConnection(host, port, timeout=600)
     try:
         connection.request(method, path, body, headers)
         response = connection.getresponse()

@@ -21,6 +21,7 @@ from carso.version import __version__
 
 from tests.deploy.containers import HARDENED, Container, docker, request, running
 from tests.signals import catches
+from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
 ATTACKED = (ROOT / "docs/samples/2-pgd-0.30.png").read_bytes()
@@ -121,14 +122,14 @@ def test_what_cannot_be_served_ends_the_container_with_a_reason(setting: str, st
 
 
 @needs_cpu
-def test_it_is_ready_within_three_seconds(record_property: Callable[[str, object], None]) -> None:
-    seconds = []
-    for _ in range(3):  # the best of them, because test machines may be busy
-        began = time.monotonic()
-        with running(CPU):
-            seconds.append(round(time.monotonic() - began, 2))
-    record_property("seconds from docker run to ready", seconds)
-    assert min(seconds) < 3
+def test_it_is_ready_after_three_seconds_of_a_processor(record_property: Callable[[str, object], None]) -> None:
+    began = time.monotonic()
+    with running(CPU) as ready:
+        waited = time.monotonic() - began
+        stat = Path(f"/proc/{ready.inspect()['State']['Pid']}/stat").read_text().rpartition(") ")[2].split()
+    used = sum(map(int, stat[11:13])) / os.sysconf("SC_CLK_TCK")
+    record_property("seconds from docker run to ready, and of a processor", (round(waited, 2), round(used, 2)))
+    assert used < 3  # how long it takes depends on what else the machine does
 
 
 @needs_cpu
@@ -136,7 +137,7 @@ def test_no_request_is_lost_at_sigterm_by_a_router_that_heeds_readiness() -> Non
     before: list[int] = []
     after: list[int] = []
     terminated, noticed = threading.Event(), threading.Event()
-    with running(CPU, "--env=CARSO_DRAIN_DELAY_S=2", "--env=CARSO_DRAIN_TIMEOUT_S=120") as container:
+    with running(CPU, "--env=CARSO_DRAIN_DELAY_S=3600", "--env=CARSO_DRAIN_TIMEOUT_S=600") as container:
         address = container.address
 
         def call() -> None:
@@ -151,21 +152,21 @@ def test_no_request_is_lost_at_sigterm_by_a_router_that_heeds_readiness() -> Non
                 time.sleep(0.01)
             docker("kill", "--signal=TERM", container.id)
             terminated.set()
-            readiness = request(address, "GET", "/readyz")[0]
-            time.sleep(1)
+            eventually(lambda: request(address, "GET", "/readyz")[0] == 503)
+            eventually(lambda: len(after) > 2 * len(callers) or any(caller.done() for caller in callers))
             noticed.set()
-            long = pool.submit(call_at_length, address)  # the closing of the port finds it in flight
-            status = docker("wait", container.id).stdout.strip()
             assert [caller.result() for caller in callers] == [None] * 4
+            long = pool.submit(call_at_length, address)  # the closing of the port finds it in flight
+            eventually(lambda: 'carso_in_flight_requests{path="robust"} 1.0' in request(address, "GET", "/metrics")[1])
+            docker("kill", "--signal=TERM", container.id)  # a second one skips what is left of the delay
+            status = docker("wait", container.id).stdout.strip()
             assert long.result() == 200
-    assert readiness == 503
     assert status == "0"
     assert set(before) == set(after) == {200}
-    assert len(after) > len(callers), "some of them began after the signal"
 
 
 def call_at_length(address: str) -> int:
-    """The status of one request that takes some seconds: many full counts."""
+    """Send one request that takes some seconds: many full counts. Returns its status."""
     body = BytesIO()
     np.save(body, np.random.default_rng(0).integers(0, 256, (32, 28, 28), np.uint8))
     headers = {"Content-Type": "application/x-npy"}

