@@ -2,8 +2,10 @@
 .DEFAULT_GOAL := help
 PYTHON ?= python3
 BIN := .venv/bin
-# What `make quick` leaves out: tests that train, and those that build images.
-TRAINING := tests/test_training.py tests/test_reference.py tests/test_attacks.py tests/test_data.py
+# What `make quick` leaves out: training and attacks, deployment, and what has to wait for time-outs, restarts or chance.
+NOT_QUICK := $(wildcard $(addprefix tests/,deploy $(addprefix test_,$(addsuffix .py,\
+  attacks auto_attack data export protocols reference table training white_box \
+  benchmarks fuzz hostile_machine other_servers shutdown slow_clients))))
 
 .PHONY: help run test quick slow lint types format docs locks train check deploy-check hooks clean
 
@@ -26,8 +28,8 @@ run: .venv/serve  ## serve the shipped bundle on http://127.0.0.1:8000
 test: .venv/dev  ## run the tests, but for the slow ones
 	$(BIN)/pytest
 
-quick: .venv/dev lint types  ## lint, types, and the tests that train nothing: under a minute
-	$(BIN)/pytest --quiet $(addprefix --ignore=,$(TRAINING)) --ignore=tests/deploy
+quick: .venv/dev lint types  ## lint, types, and the quick tests: no training, no deployment, under a minute
+	$(BIN)/pytest --quiet $(addprefix --ignore=,$(NOT_QUICK))
 
 slow: .venv/dev  ## run the slow tests: fuzz, memory, distributions
 	$(BIN)/pytest -m slow
