@@ -24,8 +24,8 @@ from carso_training.robustness.figures import Checked, Figure, Sanity, Tried
 from carso_training.robustness.judges import Counting, FastPath, RobustPath
 from carso_training.robustness.sanity import Checks
 from carso_training.robustness.strong import strong_trials
+from carso_training.robustness.system import system_of
 from carso_training.robustness.voting import pipeline_of
-from carso_training.robustness.white_box import WhiteBox
 from torch import Tensor
 
 from tests.bundles import SMALL, random_images, shared_bundle
@@ -246,7 +246,7 @@ def test_validation_images_are_those_that_the_recipe_held_out():
 
 def test_square_with_gradients_after_it_breaks_more_of_the_shipped_classifier_than_gradients_alone():
     bundle = Bundle.load(SHIPPED)
-    data, box = dataset("mnist").load("test"), WhiteBox.of(bundle)
+    data, box = dataset("mnist").load("test"), system_of(bundle)
     images, labels, raw = data.pixels(slice(60)), data.labels[:60], box.classifier_scores()
     generator = torch.Generator().manual_seed(0)
     alone = apgd_ce(raw, images, labels, eps=0.3, steps=100, generator=generator)
@@ -379,7 +379,7 @@ def test_the_published_table_needs_a_recipe(monkeypatch, capsys):
 
 
 def test_the_strong_protocol_restarts_pgd_and_aims_at_every_target():
-    scores = WhiteBox.of(Bundle.load(shared_bundle(SMALL))).classifier_scores()
+    scores = system_of(Bundle.load(shared_bundle(SMALL))).classifier_scores()
     names = [t.name for t in strong_trials(raw=scores, scores=scores, classes=10, eps=0.1, effort=EFFORTS["thorough"])]
     assert sum(name.startswith("pgd") for name in names) == 5
     assert sum(name.startswith("apgd-t") for name in names) == 9

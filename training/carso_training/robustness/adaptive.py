@@ -1,8 +1,8 @@
 """The adaptive protocol, for all of CARSO against an attacker who knows all of it but the latents.
 
-The count of the votes has no gradient, so three stand-ins take its place (`white_box.Average`), each an expectation
-over fresh latents. Every candidate is judged by the pipeline that ships, over fresh latents that no attack has seen
-(`judges.RobustPath`), and not by the attacked copy.
+The count of the votes has no gradient, so three stand-ins take its place (`networks.system.Average`), each an
+expectation over fresh latents. Every candidate is judged by the pipeline that ships, over fresh latents that no attack
+has seen (`judges.RobustPath`), and not by the attacked copy.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ import torch
 
 from carso_training.attacks.apgd import negative_log
 from carso_training.attacks.attack import Scores
+from carso_training.networks.system import AVERAGES, Average, System
 from carso_training.robustness import trials
 from carso_training.robustness.campaign import Trial
 from carso_training.robustness.effort import Effort
-from carso_training.robustness.white_box import AVERAGES, Average, WhiteBox
 
 GOAL = -0.5  # the margin at which attacks without gradients leave an image: a close vote may fall the other way again
 TRANSFERRED_TARGETS = 3  # of targeted attacks on something else than what is judged
 
 
-def adaptive_trials(system: WhiteBox, *, eps: float, effort: Effort, surrogate: WhiteBox | None = None) -> list[Trial]:
+def adaptive_trials(system: System, *, eps: float, effort: Effort, surrogate: System | None = None) -> list[Trial]:
     """Return the attacks on a system, the cheap ones first: each is made on the images that withstood the others.
 
     `surrogate`: another system, trained independently, whose images are tried on this one too.
@@ -96,7 +96,7 @@ def adaptive_trials(system: WhiteBox, *, eps: float, effort: Effort, surrogate: 
     ]
 
 
-def through(system: WhiteBox, average: Average, *, eps: float, steps: int, votes: int, prefix: str = "") -> Trial:
+def through(system: System, average: Average, *, eps: float, steps: int, votes: int, prefix: str = "") -> Trial:
     """Return APGD on the cross-entropy through all of a system.
 
     Of ``log-probabilities`` it is the mean of the votes' own cross-entropies, the loss of EoT-PGD.

@@ -26,8 +26,8 @@ from carso_training.robustness.effort import Effort
 from carso_training.robustness.figures import Figure, Measured, Protocol, Split
 from carso_training.robustness.judges import Counting, FastPath, Judge, RobustPath
 from carso_training.robustness.strong import strong_trials
+from carso_training.robustness.system import system_of
 from carso_training.robustness.voting import pipeline_of
-from carso_training.robustness.white_box import WhiteBox
 
 ROWS = {"cpu": 1024, "cuda": 65536}  # of networks' inputs to compute at once
 MOST_IMAGES = {"cpu": 256, "cuda": 4096}  # attacked at once
@@ -55,7 +55,7 @@ class Evaluation:
         """
         self.bundle, self.data, self.plan, self.out, self.device, self.quiet = bundle, data, plan, out, device, quiet
         self.rows = subset(len(data), images=plan.images, seed=plan.seed)
-        self.system = WhiteBox.of(bundle).to(device)
+        self.system = system_of(bundle).to(device)
         self.pipeline = pipeline_of(bundle)
         out.mkdir(parents=True, exist_ok=True)
 
@@ -92,7 +92,7 @@ class Evaluation:
     ) -> None:
         """Measure all of CARSO, a figure for each eps. `surrogate`: another bundle, whose attacks are tried too."""
         effort = self.plan.effort
-        other = None if surrogate is None else WhiteBox.of(surrogate).to(self.device)
+        other = None if surrogate is None else system_of(surrogate).to(self.device)
         for eps in strengths:
             trials = adaptive_trials(self.system, eps=eps, effort=effort, surrogate=other)
             found = self._campaign(

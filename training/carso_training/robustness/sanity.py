@@ -19,13 +19,13 @@ from torch import Tensor, nn
 from carso_training.attacks.apgd import cross_entropy, negative_log
 from carso_training.attacks.attack import Scores
 from carso_training.attacks.fgsm import fgsm
+from carso_training.networks.system import AVERAGES, Average, System
 from carso_training.robustness import figures, trials
 from carso_training.robustness.adaptive import GOAL
 from carso_training.robustness.campaign import Campaign, Trial
 from carso_training.robustness.evaluation import Evaluation, subset
 from carso_training.robustness.figures import Checked, Sanity
 from carso_training.robustness.judges import Judge
-from carso_training.robustness.white_box import AVERAGES, Average, WhiteBox
 
 STRENGTHS = (0.05, 0.15, 0.30, 0.50, 1.00)  # 1.00 is unbounded: any image may become any other
 TARGETS = 3
@@ -192,7 +192,7 @@ class Checks:
             rule=f"at most {AGREEMENT:.0e}",
         )
 
-    def gradients_are_there(self, system: WhiteBox | None = None) -> Checked:
+    def gradients_are_there(self, system: System | None = None) -> Checked:
         """Count images whose gradient is zero, in the float32 that attacks compute in."""
         zero: dict[Average, int] = {}
         for average in AVERAGES:
@@ -331,7 +331,7 @@ class Checks:
         found = campaign.run(attacks, quiet=evaluation.quiet, title=f"sanity {name}")
         return Arm(survived=found.survived, clean=found.clean)
 
-    def _fresh(self, system: WhiteBox, votes: int = 0) -> trials.View:
+    def _fresh(self, system: System, votes: int = 0) -> trials.View:
         return lambda generator: system.fresh("logits", votes=votes or self.votes, generator=generator)
 
     def _few(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, torch.Generator]:
@@ -343,7 +343,7 @@ class Checks:
 class Copy:
     """A judge that counts votes of the attacked copy: for defences that no bundle holds."""
 
-    def __init__(self, system: WhiteBox, latents: Callable[[int], Tensor], *, votes: int) -> None:
+    def __init__(self, system: System, latents: Callable[[int], Tensor], *, votes: int) -> None:
         self._system, self._latents, self._votes = system, latents, votes
 
     @torch.no_grad()
@@ -354,17 +354,17 @@ class Copy:
         return (tally.argmax(dim=1) == labels).cpu()
 
 
-class Planted(WhiteBox):
+class Planted(System):
     """A system whose images are changed on their way in; it shares the weights of the true one."""
 
-    def __init__(self, system: WhiteBox, change: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, system: System, change: Callable[[Tensor], Tensor]) -> None:
         nn.Module.__init__(self)
         self.latent, self.classes, self._change = system.latent, system.classes, change
         self.first_pass, self.code_encoder = system.first_pass, system.code_encoder
         self.decoder, self.second_pass = system.decoder, system.second_pass
 
     def encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode the changed images; see `WhiteBox.encode`."""
+        """Encode the changed images; see `System.encode`."""
         return super().encode(self._change(images))
 
 

@@ -1,7 +1,7 @@
 """The strong protocol, for a classifier alone: APGD, targeted APGD, PGD with restarts, Square with APGD after it.
 
 The classifier is attacked through its raw scores, those before a last activation that may hide gradients
-(`white_box.py`), and through the scores that it decides by.
+(`networks/system.py`), and through the scores that it decides by.
 """
 
 from __future__ import annotations

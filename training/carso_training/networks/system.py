@@ -1,36 +1,37 @@
 """All of CARSO as one differentiable function: what an attacker who knows everything takes gradients of.
 
 It is made of the same folded modules that are exported as the bundle's graphs, so it computes what the graphs compute,
-to rounding (`tests/test_white_box.py`). What it adds are the *raw scores* of the votes: what the last linear layer of
+to rounding (`tests/test_system.py`). What it adds are the *raw scores* of the votes: what the last linear layer of
 the second pass gives. The published classifier has a Mish after that layer, which is flat where scores are low. So
 gradients taken behind it are weak or zero, and an attacker takes them before it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from typing import Literal
 
 import torch
-from carso.bundle import Bundle
 from torch import Tensor, nn
 
-from carso_training.attacks.attack import Scores
-from carso_training.export import weights
-from carso_training.networks import Classifier, Purifier
+from carso_training.networks.interface import Classifier, Purifier
 
 Average = Literal["softmax", "logits", "log-probabilities"]
 """What stands for the vote, whose count has no gradient: the mean over votes of their probabilities (the logarithm of
 it), of their raw scores, or of the logarithms of the softmax of their raw scores."""
 
 AVERAGES: tuple[Average, ...] = ("logits", "softmax", "log-probabilities")  # the one that most often works first
+Scores = Callable[[Tensor], Tensor]
+"""Images [B, *shape] in [0, 1] -> class scores [B, classes]: what an attack differentiates."""
+
 Latents = Callable[[int], Tensor]
 """A number of rows R -> latents [R, latent]."""
 
 
-class WhiteBox(nn.Module):
+class System(nn.Module):
     """First pass, code encoder, decoder and second pass, in eval mode, with frozen weights.
 
     Moving a system to another device or dtype may move the networks that it was built from.
@@ -46,16 +47,7 @@ class WhiteBox(nn.Module):
             self.second_pass = _Scoring(second_pass.folded(), classes=self.classes)
         self.eval().requires_grad_(False)
 
-    @classmethod
-    def of(cls, bundle: Bundle) -> WhiteBox:
-        """Build the system of a bundle from its safetensors, on the CPU, in float32."""
-        return cls(
-            classifier=weights.classifier_of(bundle),
-            purifier=weights.purifier_of(bundle),
-            second_pass=weights.second_pass_of(bundle),
-        )
-
-    def double_copy(self) -> WhiteBox:
+    def double_copy(self) -> System:
         """Return the same system in float64; this one stays as it is."""
         return deepcopy(self).double()
 
@@ -122,7 +114,7 @@ def averaged(raw: Tensor, scores: Tensor, *, average: Average) -> Tensor:
     if average == "log-probabilities":
         return torch.log_softmax(raw, dim=-1).mean(dim=0)
     log_probabilities = torch.log_softmax(scores, dim=-1)
-    return log_probabilities.logsumexp(dim=0) - torch.tensor(float(len(scores))).log().to(scores)
+    return log_probabilities.logsumexp(dim=0) - math.log(len(scores))
 
 
 class _Scoring(nn.Module):
@@ -146,7 +138,8 @@ class _Scoring(nn.Module):
 
 
 @contextmanager
-def _output_of(layer: nn.Module):  # noqa: ANN202
+def _output_of(layer: nn.Module) -> Iterator[list[Tensor]]:
+    """Collect what a layer gives while the block runs."""
     seen: list[Tensor] = []
     handle = layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
     try:

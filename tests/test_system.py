@@ -9,7 +9,8 @@ import pytest
 import torch
 from carso.bundle import Bundle
 from carso.inference.sessions import VOTE_TOLERANCE, Sessions
-from carso_training.robustness.white_box import AVERAGES, WhiteBox, averaged
+from carso_training.networks.system import AVERAGES, System, averaged
+from carso_training.robustness.system import system_of
 
 from tests.bundles import COLOUR, SMALL, shared_bundle
 
@@ -24,43 +25,43 @@ def bundle(request) -> Bundle:
 
 
 @pytest.fixture(scope="module")
-def white_box(bundle) -> WhiteBox:
-    return WhiteBox.of(bundle)
+def system(bundle) -> System:
+    return system_of(bundle)
 
 
-def test_it_gives_the_codes_probabilities_and_votes_of_the_self_test(bundle, white_box):
+def test_it_gives_the_codes_probabilities_and_votes_of_the_self_test(bundle, system):
     test = bundle.self_test
-    raw, codes = white_box.encode(torch.from_numpy(test.images))
-    scores = white_box.classifier_scores(raw=False)(torch.from_numpy(test.images))
+    raw, codes = system.encode(torch.from_numpy(test.images))
+    scores = system.classifier_scores(raw=False)(torch.from_numpy(test.images))
     assert np.abs(codes.numpy() - test.codes).max() < EXACT
     assert np.abs(torch.softmax(scores, dim=1).numpy() - test.probabilities).max() < EXACT
     assert raw.shape == scores.shape
     own = codes[torch.from_numpy(test.code_index)]
-    _, votes = white_box.vote(own, torch.from_numpy(test.latents))
+    _, votes = system.vote(own, torch.from_numpy(test.latents))
     assert votes.shape == (1, len(own), len(bundle.manifest.classes))
     assert (votes[0].argmax(dim=1).numpy() != test.votes).mean() <= VOTE_TOLERANCE["float32"]
 
 
-def test_it_votes_as_the_graphs_do_on_fresh_images_and_latents(bundle, white_box):
+def test_it_votes_as_the_graphs_do_on_fresh_images_and_latents(bundle, system):
     sessions = Sessions(bundle, device="cpu", threads=1)
     generator = torch.Generator().manual_seed(0)
     images = torch.rand(6, *bundle.manifest.input.shape, generator=generator)
     latents = torch.randn(40 * 6, bundle.manifest.latent, generator=generator)
     codes = sessions.first_pass(images.numpy()).codes
     theirs = sessions.vote(codes, np.tile(np.arange(6), 40), latents.numpy()).reshape(40, 6)
-    _, scores = white_box(images, latents)
+    _, scores = system(images, latents)
     assert (scores.argmax(dim=2).numpy() != theirs).mean() <= VOTE_TOLERANCE["float32"]
 
 
-def test_raw_scores_are_those_before_the_last_activation(bundle, white_box):
+def test_raw_scores_are_those_before_the_last_activation(bundle, system):
     images = torch.rand(4, *bundle.manifest.input.shape)
-    raw, scores = (white_box.classifier_scores(raw=raw)(images) for raw in (True, False))
+    raw, scores = (system.classifier_scores(raw=raw)(images) for raw in (True, False))
     assert torch.allclose(torch.nn.functional.mish(raw), scores, atol=EXACT)
 
 
 @pytest.mark.parametrize("average", AVERAGES)
-def test_gradients_reach_the_image_through_everything(bundle, white_box, average):
-    double = white_box.double_copy()
+def test_gradients_reach_the_image_through_everything(bundle, system, average):
+    double = system.double_copy()
     shape = bundle.manifest.input.shape
     generator = torch.Generator().manual_seed(0)
     scores = double.held(average, votes=3, generator=generator)
@@ -70,13 +71,13 @@ def test_gradients_reach_the_image_through_everything(bundle, white_box, average
     with torch.no_grad():
         slope = (scores(images + 1e-6 * way)[:, 0] - scores(images - 1e-6 * way)[:, 0]).sum() / 2e-6
     assert slope.item() == pytest.approx((gradient * way).sum().item(), rel=1e-3, abs=1e-7)
-    assert next(white_box.parameters()).dtype == torch.float32  # the copy alone is in float64
+    assert next(system.parameters()).dtype == torch.float32  # the copy alone is in float64
 
 
-def test_fresh_latents_differ_from_call_to_call_and_held_ones_do_not(bundle, white_box):
+def test_fresh_latents_differ_from_call_to_call_and_held_ones_do_not(bundle, system):
     images = torch.rand(2, *bundle.manifest.input.shape)
-    fresh = white_box.fresh("softmax", votes=2, generator=torch.Generator().manual_seed(0))
-    held = white_box.held("softmax", votes=2, generator=torch.Generator().manual_seed(0))
+    fresh = system.fresh("softmax", votes=2, generator=torch.Generator().manual_seed(0))
+    held = system.held("softmax", votes=2, generator=torch.Generator().manual_seed(0))
     assert not torch.equal(fresh(images), fresh(images))
     assert torch.equal(held(images), held(images))
     one_by_one = torch.cat([held(image[None]) for image in images])
@@ -93,6 +94,6 @@ def test_the_stand_ins_for_the_vote_are_means_of_what_they_are_named_after():
     assert torch.allclose(averaged(raw, scores, average="log-probabilities"), expected)
 
 
-def test_the_weights_are_frozen(white_box):
-    assert not any(parameter.requires_grad for parameter in white_box.parameters())
-    assert not any(module.training for module in white_box.modules())
+def test_the_weights_are_frozen(system):
+    assert not any(parameter.requires_grad for parameter in system.parameters())
+    assert not any(module.training for module in system.modules())
