@@ -35,7 +35,7 @@ GUNICORN = (
 @contextmanager
 def started(log: Path, *command: str, **settings: object) -> Iterator[subprocess.Popen[bytes]]:
     """Run `python -m command` in a process group that is ended with the block."""
-    settings = {"bundle": shared_bundle(SMALL), "device": "cpu", "threads": 1} | settings
+    settings = {"bundle": shared_bundle(SMALL), "device": "cpu", "threads": 2} | settings
     with (
         log.open("wb") as output,
         subprocess.Popen(

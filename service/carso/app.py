@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 from collections.abc import AsyncIterator, Callable
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from carso.telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
+
+_FORKED = 3  # exit status of a worker that cannot start; gunicorn then ends too
 
 DESCRIPTION = (
     "Adversarially robust image classification: `/classify` counts votes over purified versions of an image, "
@@ -181,7 +184,8 @@ def _lifespan(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if os.getpid() != built_in:  # threads do not survive a fork, ONNX Runtime's neither: it would hang
+        if os.getpid() != built_in:  # threads do not survive a fork, and ONNX Runtime would wait for its own
+            atexit.register(os._exit, _FORKED)  # at the exit too, which is therefore cut short
             raise RuntimeError(
                 "this process was forked after the application was built, and its threads are gone: let each worker "
                 "build its own (gunicorn: without --preload)"

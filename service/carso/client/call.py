@@ -28,7 +28,7 @@ GRACE = 1.0  # seconds after a deadline that the service knows, in which its ans
 MAX_DEADLINE = 600.0  # seconds, the most that the service takes
 FIRST_BACKOFF, MAX_BACKOFF = 0.1, 5.0  # seconds
 
-# A connection that was refused or that broke. Not timeouts: a service that is slow is not helped by more requests.
+# A connection that was refused or that broke. Timeouts are not among them: more requests do not help a slow service.
 _BROKEN = (httpx.NetworkError, httpx.RemoteProtocolError, httpx.ConnectTimeout)
 
 R = TypeVar("R", bound=BaseModel)
@@ -40,7 +40,7 @@ class Patience:
 
     timeout: float  # for each wait on the socket; without a deadline, also the longest Retry-After that is obeyed
     retries: int
-    deadline: float | None = None  # after the call's begin, for everything
+    deadline: float | None = None  # from the beginning of the call, for everything
     tell: bool = False  # whether the service is told the deadline, so that it answers by then with what it has
 
 
@@ -87,7 +87,7 @@ class Call(Generic[R]):
             if self._patience.tell:
                 told = min(left, MAX_DEADLINE)
                 params["deadline_ms"] = max(1, int(1e3 * told))
-                timeout = told + GRACE  # whatever the timeout of other calls: a count may well take longer
+                timeout = told + GRACE  # not the timeout of other calls: a count may take longer
             else:
                 timeout = min(timeout, left)
         if self._body is not None:
@@ -120,10 +120,10 @@ class Call(Generic[R]):
         raise error from (None if isinstance(outcome, httpx.Response) else outcome)
 
     def _pause(self, retry_after: float | None) -> float | None:
-        """Return the seconds until the next attempt; None if the call cannot wait so long.
+        """Return the seconds until the next attempt, or None if the call cannot wait that long.
 
         Exponential backoff with full jitter: https://aws.amazon.com/blogs/architecture/exponential-backoff-and-jitter/
-        It is added to what the service asks for, so that those who were told the same do not come back as one.
+        It is added to what the service asks for, so that clients that were told the same do not all return at once.
         """
         backoff = min(MAX_BACKOFF, FIRST_BACKOFF * 2.0 ** min(self._attempts - 1, 30))
         pause = (retry_after or 0.0) + random.uniform(0, backoff)  # noqa: S311

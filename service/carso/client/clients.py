@@ -32,7 +32,7 @@ class _Calls:
     def __init__(self, *, url: str | None, api_key: str | None, timeout: float, retries: int) -> None:
         self.url = checked_url(url or os.environ.get("CARSO_URL") or DEFAULT_URL)
         key = api_key or os.environ.get("CARSO_API_KEY")
-        if key and not re.fullmatch(r"[!-~]+", key):  # found here, the error does not show the key
+        if key and not re.fullmatch(r"[!-~]+", key):  # checked here, because httpx's own error would show the key
             raise ValueError("the API key must hold printable ASCII characters only, and no spaces")
         self._headers = {"user-agent": f"carso/{__version__}"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._timeout, self._retries = timeout, retries

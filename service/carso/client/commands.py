@@ -63,10 +63,10 @@ def classify(
 ) -> None:
     """Classify images; with --json, a line for each.
 
-    A file that is refused does not keep the others from being classified.
+    If a file is refused, the others are still classified.
     """
     if fast and (samples, risk, seed) != (None, None, None):
-        raise typer.BadParameter("--samples, --risk and --seed are for the robust path: leave them out, or --fast")
+        raise typer.BadParameter("--samples, --risk and --seed are for the robust path: leave out these, or --fast")
     from carso import CarsoError, Client, RequestRefused
     from carso.client import tables
 
@@ -87,7 +87,7 @@ def classify(
                 failed = True
                 if isinstance(e, (RequestRefused, OSError)):
                     continue
-                break  # the other files would fare no better
+                break  # the other files would fail too
             predictions: Sequence[Prediction] = result.predictions
             for index, prediction in enumerate(predictions):
                 name = f"{file}[{index}]" if len(predictions) > 1 else str(file)
@@ -150,7 +150,7 @@ def bench(
     attacked: Annotated[
         list[str] | None,
         typer.Option(
-            help="Images to send as a third of the robust requests, in the first third of each period: as --image."
+            help="Images for a third of the robust requests in the first third of each period; given as for --image."
         ),
     ] = None,
     period: Annotated[float, typer.Option(min=1, help="Seconds from one attack to the next.")] = 180,
@@ -162,11 +162,11 @@ def bench(
 
     Each connection sends its next request when its last one is answered. No request is sent twice.
 
-    Random images mostly take more votes than real ones. This command takes processor time too: run it elsewhere.
+    Most random images take more votes than real ones. This command takes processor time too: run it on another machine.
     """
     if fast and (samples, risk, attacked, both) != (None, None, None, False):
         raise typer.BadParameter(
-            "--samples, --risk, --attacked and --both are for the robust path: leave them out, or --fast"
+            "--samples, --risk, --attacked and --both are for the robust path: leave out these, or --fast"
         )
     import asyncio
 

@@ -1,4 +1,4 @@
-"""What a call may end with instead of a result: one exception type per thing that a caller can do something about.
+"""The errors of a call: one exception type for each thing that a caller can do something about.
 
 CarsoError
 ├── RequestRefused      the same request would be refused again: change it

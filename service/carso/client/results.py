@@ -1,7 +1,7 @@
 """What calls return. Fields that this version does not know are kept, as attributes too, not refused.
 
-A service that withholds its evidence (CARSO_EVIDENCE=label) sends only `label`, `class_name` and, on the robust path,
-`complete` of a prediction, and no timings: what is missing is None.
+A service may withhold its evidence (CARSO_EVIDENCE=label). A prediction then has only `label` and `class_name`, on the
+robust path also `complete`, and a result has no timings. What is missing is None.
 
     result = client.classify(["a.png", "b.png"])
     for prediction in result.predictions:

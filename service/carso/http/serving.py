@@ -54,5 +54,5 @@ def _settle() -> None:
     sys.setswitchinterval(SWITCH_INTERVAL)
     # The buffers of a large image go back to the system when it is decoded. glibc by itself keeps them from the second
     # one on, 24 MB after some hundred WebP files; other C libraries have no such setting, and no need of it.
-    with suppress(AttributeError):
+    with suppress(AttributeError, TypeError):
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MMAP_FROM)
