@@ -9,8 +9,7 @@ import foolbox
 import pytest
 import torch
 import torch.nn.functional as F
-from carso_training.attacks import CLEAN, METHODS, Attack, attack_named
-from carso_training.attacks.batches import attacked_batches
+from carso_training.attacks import CLEAN, METHODS, Attack, attack_named, batches
 from carso_training.attacks.deepfool import deepfool
 from carso_training.attacks.fgsm import fgsm
 from carso_training.attacks.linf import project
@@ -287,10 +286,11 @@ def test_a_threat_records_how_strong_the_attack_was():
     assert CLEAN.threat("classifier").sees == "nothing"
 
 
-def test_batches_come_in_the_order_of_the_data_and_a_seed_decides_them(classifier, mnist):
-    data = mnist[slice(1300)]
+def test_batches_come_in_the_order_of_the_data_and_a_seed_decides_them(classifier, mnist, monkeypatch):
+    monkeypatch.setattr(batches, "BATCH", 30)
+    data = mnist[slice(70)]
     one, same, other = (
-        torch.cat([*attacked_batches(classifier, Attack(METHODS["pgd"], 0.01), data, seed=seed, quiet=True)])
+        torch.cat([*batches.attacked_batches(classifier, Attack(METHODS["pgd"], 0.01), data, seed=seed, quiet=True)])
         for seed in (1, 1, 2)
     )
     assert (one - data.pixels()).abs().max() <= 0.01 + ROUNDING

@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from carso_training import durable
 from carso_training.errors import RunError, TrainingError
 from carso_training.fitting.checkpoints import Checkpoints, load_weights, save_weights
+from carso_training.fitting.optimizers import one_cycle, optimizers_of
 from carso_training.recipe import Schedule
 
 WEIGHTS = "weights.safetensors"
@@ -46,6 +47,7 @@ def fit(
 ) -> N:
     """Train `model` on `rows` examples and return the averaged network, in eval mode.
 
+    Parameters that do not require a gradient stay as they are.
     `batch_loss(model, indices, generator)` returns a dict whose ``loss`` is minimised and whose every entry (a
     scalar, mean over the batch) is logged. `validate(network)` returns figures on held-out images. In `folder`:
     ``weights.safetensors`` when done, two checkpoints until then, and ``metrics.csv``, a row per epoch. A network
@@ -61,20 +63,11 @@ def fit(
         return fabric.to_device(model).eval()
 
     steps = -(-rows // (schedule.batch_size * fabric.world_size))
-    optimizer = torch.optim.RAdam(
-        model.parameters(), lr=schedule.peak_lr, weight_decay=schedule.weight_decay, decoupled_weight_decay=True
-    )
     average = AveragedModel(
         fabric.to_device(model), multi_avg_fn=get_ema_multi_avg_fn(schedule.averaging), use_buffers=True
     )
-    trained, optimizer = fabric.setup(model, optimizer)
-    rate = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer,
-        max_lr=schedule.peak_lr,
-        total_steps=schedule.epochs * steps,
-        pct_start=schedule.warmup,
-        cycle_momentum=False,
-    )
+    trained, *optimizers = fabric.setup(model, *optimizers_of(model, schedule))
+    rates = [one_cycle(optimizer, schedule, steps=schedule.epochs * steps) for optimizer in optimizers]
     first_epoch = 0
     if (state := checkpoints.load(fabric.device)) is not None:
         if state["schedule"] != schedule.model_dump():
@@ -84,8 +77,8 @@ def fit(
             )
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
-        optimizer.load_state_dict(state["optimizer"])
-        rate.load_state_dict(state["rate"])
+        for part, kept in zip([*optimizers, *rates], [*state["optimizers"], *state["rates"]], strict=True):
+            part.load_state_dict(kept)
         first_epoch = state["epoch"]
     fabric.barrier()  # all processes have read what the first one now writes
     if fabric.is_global_zero:
@@ -99,16 +92,17 @@ def fit(
             sums: dict[str, Tensor] = {}
             for indices in _batches(fabric, rows, schedule.batch_size, seed=seed, epoch=epoch):
                 losses = batch_loss(trained, indices, generator)
-                optimizer.zero_grad(set_to_none=True)
+                for optimizer in optimizers:
+                    optimizer.zero_grad(set_to_none=True)
                 fabric.backward(losses["loss"])
-                norm = fabric.clip_gradients(trained, optimizer, max_norm=5.0, error_if_nonfinite=False)
-                if norm is not None and not norm.isfinite():
+                norm = nn.utils.clip_grad_norm_(model.parameters(), max_norm=5.0)  # of all optimizers' together
+                if not norm.isfinite():
                     raise TrainingError(
                         f"{title}: the gradient is not finite in epoch {epoch + 1}; try a smaller peak_lr than "
                         f"{schedule.peak_lr}"
                     )
-                optimizer.step()
-                rate.step()
+                for part in (*optimizers, *rates):
+                    part.step()
                 average.update_parameters(model)
                 for key, value in losses.items():
                     sums[key] = sums.get(key, torch.zeros((), device=value.device)) + value.detach().float()
@@ -116,7 +110,7 @@ def fit(
             if fabric.is_global_zero:
                 figures = {key: value.item() / steps for key, value in sums.items()}
                 figures |= validate(average.module.eval())
-                _log(metrics, {"epoch": epoch + 1, "lr": rate.get_last_lr()[0], **figures})
+                _log(metrics, {"epoch": epoch + 1, "lr": rates[0].get_last_lr()[0], **figures})
                 progress.update(task, figures=_short(figures))
                 checkpoints.save(
                     {
@@ -124,8 +118,8 @@ def fit(
                         "epoch": epoch + 1,
                         "model": model.state_dict(),
                         "average": average.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "rate": rate.state_dict(),
+                        "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                        "rates": [rate.state_dict() for rate in rates],
                     }
                 )
             fabric.barrier()
@@ -161,7 +155,7 @@ def _mix(seed: int, epoch: int) -> int:
 def _log(path: Path, row: dict[str, float]) -> None:
     exists = path.exists()
     with path.open("a", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(row))
+        writer = csv.DictWriter(file, fieldnames=list(row), lineterminator="\n")
         if not exists:
             writer.writeheader()
         writer.writerow({k: v if isinstance(v, int) else f"{v:.6g}" for k, v in row.items()})
