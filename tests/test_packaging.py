@@ -65,7 +65,7 @@ def test_the_wheel_holds_both_packages_and_the_reference_bundle_and_nothing_else
         str(path.relative_to(ROOT / half))
         for half in ("service", "training")
         for path in (ROOT / half).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and not re.search(r"/__pycache__/|/\.", f"/{path.relative_to(ROOT / half)}")
     }
     bundle = {f"carso/models/mnist-fcn/{path.name}" for path in (ROOT / "models/mnist-fcn").iterdir()}
     assert found == expected | bundle
