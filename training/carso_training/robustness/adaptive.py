@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import torch
 
-from carso_training.attacks.apgd import negative_log
+from carso_training.attacks.apgd import cross_entropy, negative_log
 from carso_training.attacks.attack import Scores
 from carso_training.networks.system import AVERAGES, Average, System
 from carso_training.robustness import trials
 from carso_training.robustness.campaign import Trial
 from carso_training.robustness.effort import Effort
 
+TARGETED: tuple[Average, ...] = ("logits", "softmax")  # the targeted loss of log-probabilities is that of the logits
 GOAL = -0.5  # the margin at which attacks without gradients leave an image: a close vote may fall the other way again
 TRANSFERRED_TARGETS = 3  # of targeted attacks on something else than what is judged
 
@@ -31,45 +32,40 @@ def adaptive_trials(system: System, *, eps: float, effort: Effort, surrogate: Sy
     def first_pass(generator: object) -> Scores:
         return system.classifier_scores()
 
-    noted = {"latents": votes}
     made = [
         trials.untargeted("transfer-apgd-ce", first_pass, eps=eps, steps=steps),
         *(
             trials.targeted(f"transfer-apgd-t-{rank + 1}", first_pass, rank=rank, eps=eps, steps=steps)
             for rank in ranks[:TRANSFERRED_TARGETS]
         ),
-        *(through(system, average, eps=eps, steps=steps, votes=votes) for average in AVERAGES),
+        *(untargeted(system, average, eps=eps, steps=steps, votes=votes) for average in AVERAGES),
         *(
             trials.targeted(
                 f"apgd-t-{average}-{rank + 1}",
-                lambda generator, average=average: system.fresh(average, votes=votes, generator=generator),
+                _through(system, average, votes=votes),
                 rank=rank,
                 eps=eps,
                 steps=steps,
-                **noted,
+                latents=votes,
             )
-            for average in ("logits", "softmax")
+            for average in TARGETED
             for rank in ranks
         ),
         trials.descent(
-            "pgd-softmax",
-            lambda generator: system.fresh("softmax", votes=votes, generator=generator),
-            eps=eps,
-            steps=effort.pgd_steps,
-            **noted,
+            "pgd-softmax", _through(system, "softmax", votes=votes), eps=eps, steps=effort.pgd_steps, latents=votes
         ),
     ]
     if surrogate is not None:
         made += [
-            through(surrogate, "logits", eps=eps, steps=steps, votes=votes, prefix="surrogate-"),
+            untargeted(surrogate, "logits", eps=eps, steps=steps, votes=votes, prefix="surrogate-"),
             *(
                 trials.targeted(
                     f"surrogate-apgd-t-logits-{rank + 1}",
-                    lambda generator: surrogate.fresh("logits", votes=votes, generator=generator),
+                    _through(surrogate, "logits", votes=votes),
                     rank=rank,
                     eps=eps,
                     steps=steps,
-                    **noted,
+                    latents=votes,
                 )
                 for rank in ranks[:TRANSFERRED_TARGETS]
             ),
@@ -84,7 +80,7 @@ def adaptive_trials(system: System, *, eps: float, effort: Effort, surrogate: Sy
         trials.squares_and_gradients(
             "square-apgd-logits",
             answers,
-            lambda generator: system.fresh("logits", votes=votes, generator=generator),
+            _through(system, "logits", votes=votes),
             eps=eps,
             queries=effort.queries,
             steps=steps,
@@ -96,17 +92,20 @@ def adaptive_trials(system: System, *, eps: float, effort: Effort, surrogate: Sy
     ]
 
 
-def through(system: System, average: Average, *, eps: float, steps: int, votes: int, prefix: str = "") -> Trial:
+def untargeted(system: System, average: Average, *, eps: float, steps: int, votes: int, prefix: str = "") -> Trial:
     """Return APGD on the cross-entropy through all of a system.
 
     Of ``log-probabilities`` it is the mean of the votes' own cross-entropies, the loss of EoT-PGD.
     """
-    loss = {"loss": negative_log} if average == "log-probabilities" else {}
     return trials.untargeted(
         f"{prefix}apgd-ce-{average}",
-        lambda generator: system.fresh(average, votes=votes, generator=generator),
+        _through(system, average, votes=votes),
         eps=eps,
         steps=steps,
+        loss=negative_log if average == "log-probabilities" else cross_entropy,
         latents=votes,
-        **loss,
     )
+
+
+def _through(system: System, average: Average, *, votes: int) -> trials.View:
+    return lambda generator: system.fresh(average, votes=votes, generator=generator)

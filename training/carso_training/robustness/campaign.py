@@ -93,6 +93,10 @@ class Campaign:
         """
         alive = torch.ones(len(self.rows), dtype=torch.bool)
         clean, tried = alive.clone(), []
+
+        def said(trial: Trial) -> str:
+            return f"{title} {trial.name}: {int(alive.sum())} of {len(alive)} stand"
+
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), disable=quiet) as progress:
             bar = progress.add_task("", total=len(trials) + 1)
@@ -100,15 +104,11 @@ class Campaign:
                 places = alive.nonzero().squeeze(1)
                 seconds = 0.0
                 for index, part in enumerate(places.split(self.batch) if len(places) else ()):
-                    progress.update(
-                        bar,
-                        description=f"{title} {trial.name}: {int(alive.sum())} of {len(alive)} stand",
-                        completed=number + index * self.batch / len(places),
-                    )
+                    progress.update(bar, description=said(trial), completed=number + index * self.batch / len(places))
                     done = self._batch(number, trial, index, part)
                     alive[part] = torch.from_numpy(done.survived)
                     seconds += done.seconds
-                progress.update(bar, completed=number + 1)
+                progress.update(bar, description=said(trial), completed=number + 1)
                 tried.append(
                     Tried(
                         attack=trial.name,

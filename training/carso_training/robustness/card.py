@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from carso.bundle import Cell, Kind
 
-from carso_training.recipe import Recipe
+from carso_training.recipe import Hardening, Recipe, Strengths
 from carso_training.robustness.table import as_markdown
 
 CARD = """\
@@ -17,7 +17,7 @@ images of shape {shape} with values in [0, 1]. `carso-train run {name}` trained 
 is in `manifest.json`.
 
 The method is described in E. Ballarin, *Counteradversarial Recall of Synthetic Observations* (2022), and the networks \
-are those of that work. The weights are an exponential moving average over the steps of the training.
+are those of that work. The weights are an exponential moving average over the steps of the training.{hardening}
 
 ## Measured accuracy
 
@@ -42,6 +42,13 @@ other threats, or on images that are not like those of {dataset}: every image ge
 - `self_test.npz` holds inputs with known answers, which the service checks at start.
 - `manifest.json` lists the SHA-256 of each file.
 """
+
+HARDENED = """
+
+After the published training, the system was *hardened*: its networks were trained on together, end to end, on clean \
+images, on images attacked through both passes at eps {eps}, and on images attacked on the first pass alone at eps \
+{first_pass_eps}. The second pass became a classifier of its own, which votes. In the table, *IAT* is the hardened \
+first pass. To measure adaptive accuracy, run `carso-train evaluate` on the bundle with `--protocol adaptive`."""
 
 EXPLANATIONS: dict[Kind, str] = {
     "white-box": "Columns *none* (the undefended classifier) and *IAT* (the adversarially trained classifier) show "
@@ -77,7 +84,15 @@ def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float) -> str:
         images=" or ".join(str(count) for count in images),
         samples=recipe.samples,
         risk=risk,
+        hardening="" if recipe.hardening is None else _hardened(recipe.hardening),
         table=as_markdown(cells),
         explanation=" ".join(sentences),
         norms=f"The attacks are {' and '.join(norms)} attacks." if norms else "",
     )
+
+
+def _hardened(hardening: Hardening) -> str:
+    def listed(strengths: Strengths) -> str:
+        return " or ".join(f"{eps:.2f}" for eps, _ in strengths)
+
+    return HARDENED.format(eps=listed(hardening.eps), first_pass_eps=listed(hardening.first_pass_eps))

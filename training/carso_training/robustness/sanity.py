@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +17,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from carso_training.attacks.apgd import cross_entropy, negative_log
+from carso_training.attacks.apgd import Loss, cross_entropy, negative_log
 from carso_training.attacks.attack import Scores
 from carso_training.attacks.fgsm import fgsm
 from carso_training.networks.system import AVERAGES, Average, System
@@ -174,7 +175,7 @@ class Checks:
             scores = double.scores(average, votes=self.votes, latents=_repeated(latents))
             loss = negative_log if average == "log-probabilities" else cross_entropy
 
-            def value(x: Tensor, scores: Scores = scores, loss: Callable = loss, labels: Tensor = labels) -> Tensor:
+            def value(x: Tensor, scores: Scores = scores, loss: Loss = loss, labels: Tensor = labels) -> Tensor:
                 return loss(scores(x), labels)
 
             gradient = _gradient(value, images)
@@ -318,7 +319,7 @@ class Checks:
             rows=self.rows,
             eps=eps,
             judge=judge or evaluation.robust_path(),
-            seed=evaluation.plan.seed + len(name),  # arms differ in their starts too
+            seed=evaluation.plan.seed + zlib.crc32(name.encode()),  # every arm has starts of its own
             batch=evaluation.batch(2 * self.votes),
             belongs_to={
                 "bundle": evaluation.bundle.checksum,
