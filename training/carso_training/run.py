@@ -4,6 +4,7 @@
 <folder>/undefended/            weights.safetensors, metrics.csv (a row per epoch)
 <folder>/adversarial/
 <folder>/purifier/              and the attacked images that it was trained on
+<folder>/hardening/             if the recipe asks for it: all networks, trained on together
 <folder>/table-<split>.json     the measured table
 <folder>/bundle/                the bundle
 """
@@ -14,6 +15,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -34,6 +36,7 @@ from carso_training.errors import RecipeError, RunError
 from carso_training.export.files import export
 from carso_training.fitting.checkpoints import load_weights
 from carso_training.fitting.classifier import train_adversarial, train_undefended
+from carso_training.fitting.hardened import Hardened, harden
 from carso_training.fitting.loop import WEIGHTS
 from carso_training.fitting.purifier import train_purifier
 from carso_training.networks import Classifier, Purifier, build_classifier, build_purifier
@@ -48,16 +51,16 @@ log = logging.getLogger(__name__)
 Split = Literal["validation", "test"]
 CALIBRATION = 200  # images
 
-Stage = Literal["undefended", "adversarial", "purifier"]
+Stage = Literal["undefended", "adversarial", "purifier", "hardening"]
 STAGES: tuple[Stage, ...] = get_args(Stage)
 
 
 @dataclass(frozen=True, kw_only=True)
-class System:
+class Trained:
     """Trained networks, in eval mode, on the device of the run."""
 
     undefended: Classifier  # trained on clean images only, for comparison
-    classifier: Classifier  # the adversarially trained (IAT) one, of the first pass
+    classifier: Classifier  # the adversarially trained one, of the first pass: by IAT, or hardened
     purifier: Purifier
     second_pass: Classifier | None = None  # the classifier that votes; None: `classifier`
 
@@ -71,8 +74,13 @@ class RunFolder:
         self.bundle = path / "bundle"
         self._recipe_file = path / "recipe.json"
 
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """The stages of this recipe, in order."""
+        return tuple(stage for stage in STAGES if stage != "hardening" or self.recipe.hardening is not None)
+
     def stage(self, name: Stage) -> Path:
-        """The folder of one network's training."""
+        """The folder of one stage's training."""
         return self.path / name
 
     def weights(self, stage: Stage) -> Path:
@@ -92,7 +100,7 @@ class RunFolder:
         if not self._recipe_file.exists():
             raise self._unfinished(f"{self.path} holds no run")
         self._check_owner()
-        for path in (*map(self.weights, STAGES), self.bundle):
+        for path in (*map(self.weights, self.stages), self.bundle):
             if not path.exists():
                 raise self._unfinished(f"{path} is not there yet")
 
@@ -142,7 +150,7 @@ class Run:
         self.training, self.validation = training.to(fabric.device), validation.to(fabric.device)
         self.test = test[slice(recipe.test_images)].to(fabric.device)
 
-    def train(self) -> System:
+    def train(self) -> Trained:
         """Train the networks that are not trained yet; return all.
 
         Raises RunError if the folder belongs to another recipe or holds a damaged file, TrainingError if a training
@@ -162,9 +170,12 @@ class Run:
         if not self.folder.weights("purifier").exists():
             classifier = self._classifier("adversarial")
             train_purifier(self.fabric, self.recipe, classifier, **images, folder=self.folder.stage("purifier"))
-        return self._system()
+        if "hardening" in self.folder.stages and not self.folder.weights("hardening").exists():
+            networks = {"classifier": self._classifier("adversarial"), "purifier": self._purifier()}
+            harden(self.fabric, self.recipe, **networks, **images, folder=self.folder.stage("hardening"))
+        return self._trained()
 
-    def export(self, system: System) -> Path:
+    def export(self, system: Trained) -> Path:
         """Export a trained system, measure it on the test set, and return the bundle's folder.
 
         A bundle that is already there stays as it is. Raises OSError if the folder cannot be written.
@@ -192,16 +203,16 @@ class Run:
         self.fabric.barrier()
         return target
 
-    def load(self) -> tuple[System, Bundle]:
+    def load(self) -> tuple[Trained, Bundle]:
         """Return the networks and the bundle of a finished run, without any training.
 
         Raises RunError if the run is not finished, which says how to finish it, or if a file is damaged; and
         BundleError if the bundle is damaged.
         """
         self.folder.check_finished()
-        return self._system(), Bundle.load(self.folder.bundle)
+        return self._trained(), Bundle.load(self.folder.bundle)
 
-    def measure(self, system: System, bundle: Bundle, *, split: Split) -> list[Cell]:
+    def measure(self, system: Trained, bundle: Bundle, *, split: Split) -> list[Cell]:
         """Return the measured table on one split. It is kept in the folder, and measured again for another bundle."""
         kept = self.folder.path / f"table-{split}.json"
         made_from = {name: bundle.manifest.files[name] for name in ("first_pass.onnx", "vote.onnx")}
@@ -223,19 +234,32 @@ class Run:
         durable.write(kept, json.dumps(content, indent=1))
         return cells
 
-    def _system(self) -> System:
-        purifier = build_purifier(self.recipe.purifier)
-        load_weights(purifier, self.folder.weights("purifier"))
-        return System(
-            undefended=self._classifier("undefended"),
-            classifier=self._classifier("adversarial"),
-            purifier=purifier.to(self.fabric.device).eval(),
+    def _trained(self) -> Trained:
+        undefended, classifier, purifier = (
+            self._classifier("undefended"),
+            self._classifier("adversarial"),
+            self._purifier(),
+        )
+        if "hardening" not in self.folder.stages:
+            return Trained(undefended=undefended, classifier=classifier, purifier=purifier)
+        hardened = Hardened(classifier=classifier, purifier=purifier, second_pass=deepcopy(classifier))
+        load_weights(hardened, self.folder.weights("hardening"))
+        return Trained(
+            undefended=undefended,
+            classifier=hardened.classifier,
+            purifier=hardened.purifier,
+            second_pass=hardened.second_pass,
         )
 
     def _classifier(self, stage: Stage) -> Classifier:
         classifier = build_classifier(self.recipe.classifier)
         load_weights(classifier, self.folder.weights(stage))
         return classifier.to(self.fabric.device).eval()
+
+    def _purifier(self) -> Purifier:
+        purifier = build_purifier(self.recipe.purifier)
+        load_weights(purifier, self.folder.weights("purifier"))
+        return purifier.to(self.fabric.device).eval()
 
     def _calibration(self, classifier: Classifier) -> Tensor:
         """Held-out images [N, *shape], clean and under each foreseen attack."""

@@ -121,10 +121,9 @@ class FcnPurifier(Purifier):
         """Return the codes [B, code], in (0, 1), of representations."""
         return self.code_encoder(representation)
 
-    def decode(self, code: Tensor, latent: Tensor) -> Tensor:
-        """Return purified images [B, *input_shape] in [0, 1]."""
-        logits = self.decoder(torch.cat([code, latent], dim=1))
-        return torch.sigmoid(logits).unflatten(1, self.config.input_shape)
+    def decode_logits(self, code: Tensor, latent: Tensor) -> Tensor:
+        """Return the logits of the pixels of purified images, [B, *input_shape]."""
+        return self.decoder(torch.cat([code, latent], dim=1)).unflatten(1, self.config.input_shape)
 
     def forward(self, images: Tensor, representation: Tensor, noise: Tensor) -> PurifierOutput:
         """Reconstruct images from themselves and their representation; `noise` [B, latent] is N(0, I)."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Generic, NamedTuple, TypeVar
 
+import torch
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
 from torch import Tensor, nn
 
@@ -95,8 +96,12 @@ class Purifier(nn.Module, ABC):
         """Return the codes [B, code] of representations."""
 
     @abstractmethod
+    def decode_logits(self, code: Tensor, latent: Tensor) -> Tensor:
+        """Return the logits of the pixels of purified images, [B, *input_shape]."""
+
     def decode(self, code: Tensor, latent: Tensor) -> Tensor:
         """Return purified images [B, *input_shape] in [0, 1]."""
+        return torch.sigmoid(self.decode_logits(code, latent))
 
     @abstractmethod
     def forward(self, images: Tensor, representation: Tensor, noise: Tensor) -> PurifierOutput:

@@ -1,0 +1,268 @@
+"""The last stage of a hardened recipe: all networks trained together, on real MNIST."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from carso.bundle import Bundle
+from carso.inference.sessions import Sessions
+from carso_training.datasets import dataset
+from carso_training.datasets.examples import Examples
+from carso_training.export import weights
+from carso_training.fitting import hardened
+from carso_training.fitting.hardened import Hardened, attacked_images, harden
+from carso_training.fitting.optimizers import optimizers_of
+from carso_training.networks import build_classifier, build_purifier
+from carso_training.recipe import PRESETS, Recipe, Schedule
+from carso_training.robustness.card import model_card
+from carso_training.robustness.system import system_of
+from carso_training.run import Run
+from lightning_fabric import Fabric
+from pydantic import ValidationError
+from torch import Tensor
+
+SHORT = {"epochs": 1, "peak_lr": 0.01, "batch_size": 64, "averaging": 0.9}
+TINY = {
+    "name": "tiny-hardened",
+    "train_images": 300,
+    "validation_images": 60,
+    "test_images": 12,
+    "classifier": {"hidden": [24, 16]},
+    "purifier": {
+        "input_encoder": [20, 12],
+        "code_encoder": [20, 8],
+        "encoder": [16, 12],
+        "latent": 6,
+        "decoder": [40, 32],
+    },
+    "undefended": SHORT,
+    "adversarial": SHORT,
+    "foreseen": {"clean": 1.0, "fgsm-0.15": 1.0},
+    "purification": SHORT,
+    "hardening": {
+        "schedule": SHORT | {"epochs": 2, "batch_size": 100, "peak_lr": 0.003, "optimizer": "muon"},
+        "first_pass_images": 30,
+        "steps": 2,
+    },
+    "samples": 20,
+}
+RECIPE = Recipe.model_validate(TINY)
+EPOCHS, STEPS = 2, 3  # 300 images in batches of 100
+ROUNDING = 1e-6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def opened(one_thread, tmp_path_factory) -> Run:
+    """A run whose networks are trained and whose bundle is exported."""
+    folder = tmp_path_factory.mktemp("hardened")
+    dataset("mnist").ensure()
+    train, test = (dataset("mnist").load(split) for split in ("train", "test"))
+    run = Run(RECIPE, folder, Fabric(accelerator="cpu", devices=1), train=train, test=test)
+    run.export(run.train())
+    return run
+
+
+@pytest.fixture(scope="module")
+def bundle(opened) -> Bundle:
+    return Bundle.load(opened.folder.bundle)
+
+
+@pytest.fixture
+def networks(opened) -> dict[str, torch.nn.Module]:
+    """The classifier and the purifier that the hardening starts from."""
+    return {"classifier": opened._classifier("adversarial"), "purifier": opened._purifier()}
+
+
+def hardened_again(opened: Run, networks: dict, folder: Path) -> bytes:
+    images = {"train": opened.training, "held_out": opened.validation}
+    harden(opened.fabric, RECIPE, **networks, **images, folder=folder)
+    return (folder / "weights.safetensors").read_bytes()
+
+
+def rows_of(images: Tensor) -> set[bytes]:
+    return {(image * 255).round().to(torch.uint8).numpy().tobytes() for image in images}
+
+
+@pytest.mark.parametrize("moment", [2, 2 * STEPS + 2, 4 * STEPS])
+def test_a_hardening_that_was_cut_off_ends_in_the_same_weights(opened, networks, tmp_path, monkeypatch, moment):
+    left = moment  # batches of attacks: two a step, and those of the figures of each epoch
+
+    def cut(*arguments, **settings):
+        nonlocal left
+        left -= 1
+        if not left:
+            raise KeyboardInterrupt
+        return attacked_images(*arguments, **settings)
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(hardened, "attacked_images", cut)
+        hardened_again(opened, networks, tmp_path)
+    assert not (tmp_path / "weights.safetensors").exists()
+    assert hardened_again(opened, networks, tmp_path) == opened.folder.weights("hardening").read_bytes()
+    assert len((tmp_path / "metrics.csv").read_text().splitlines()) == 1 + EPOCHS
+
+
+def test_a_finished_hardening_is_not_done_again(opened, monkeypatch):
+    monkeypatch.setattr(hardened, "attacked_images", None)
+    opened.train()
+
+
+def test_held_out_images_are_never_in_a_batch(opened, networks, tmp_path, monkeypatch):
+    seen: list[Tensor] = []
+    forward = Hardened.forward
+
+    def spying(self, images: Tensor, latents: Tensor):
+        assert self.training
+        seen.append(images)
+        return forward(self, images, latents)
+
+    monkeypatch.setattr(Hardened, "forward", spying)
+    hardened_again(opened, networks, tmp_path)
+    batches = set().union(*map(rows_of, seen))
+    held_out, training = rows_of(opened.validation.pixels()), rows_of(opened.training.pixels())
+    assert len(seen) == EPOCHS * STEPS
+    assert not batches & held_out
+    assert training <= batches
+    assert len(batches) > 2 * len(training)  # clean, and attacked
+
+
+def test_what_is_used_online_is_trained_and_the_rest_stays_as_it_was(opened, networks):
+    trained = opened._trained()
+    before, after = networks["purifier"].state_dict(), trained.purifier.state_dict()
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"code_encoder", "decoder"}
+    first, second = trained.classifier.state_dict(), trained.second_pass.state_dict()
+    for name, start in networks["classifier"].named_parameters():
+        assert not torch.equal(first[name], start) and not torch.equal(second[name], start)
+
+
+def test_the_second_pass_of_the_bundle_is_a_classifier_of_its_own_and_the_service_starts_with_it(bundle):
+    assert weights.SECOND_PASS in bundle.manifest.files
+    Sessions(bundle, device="cpu", threads=1)  # raises if the graphs do not give the known answers
+    system = system_of(bundle)
+    images = torch.from_numpy(bundle.self_test.images)
+    first, second = (part(images)[0] for part in (system.first_pass, system.second_pass))
+    assert (first - second).abs().max() > 0.01
+    _, votes = system.vote(
+        system.encode(images)[1][torch.from_numpy(bundle.self_test.code_index)],
+        torch.from_numpy(bundle.self_test.latents),
+    )
+    assert np.mean(votes[0].argmax(dim=1).numpy() == bundle.self_test.votes) > 0.98
+
+
+def test_the_bundle_says_how_it_was_trained_and_its_table_is_of_the_hardened_networks(opened, bundle):
+    assert Recipe.model_validate(bundle.manifest.recipe) == RECIPE
+    card = (opened.folder.bundle / "MODEL_CARD.md").read_text()
+    assert "*hardened*" in card and "eps 0.15 or 0.34" in card and "carso-train evaluate" in card
+    clean = next(c for c in bundle.manifest.table if c.defence == "classifier" and c.threat.name == "clean")
+    classifier = opened._trained().classifier
+    right = classifier(opened.test.pixels()).argmax(dim=1) == opened.test.labels
+    assert clean.correct == right.sum().item()
+
+
+def test_the_card_of_a_published_system_does_not_speak_of_hardening(bundle):
+    published = RECIPE.model_copy(update={"hardening": None})
+    assert "*hardened*" not in model_card(published, bundle.manifest.table, risk=1e-6)
+
+
+# --- attacks ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def some(opened) -> Examples:
+    return opened.validation[slice(40)]
+
+
+def attack(network: Hardened, data: Examples, *, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    eps = hardened._strengths(((0.1, 0.5), (0.3, 0.5)), len(data), generator)
+    scores = hardened._one_vote(network.system().to(dtype), len(data), generator)
+    made = attacked_images(scores, data.pixels(), data.labels, eps=eps, steps=steps, generator=generator)
+    return scores, eps, made
+
+
+def fresh(seed: int = 0) -> Hardened:
+    torch.manual_seed(seed)
+    classifier = build_classifier(RECIPE.classifier)
+    return hardened._prepared(classifier, build_purifier(RECIPE.purifier))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attacks_stay_in_their_balls_and_in_range(some, dtype):
+    _, eps, made = attack(fresh(), some, steps=3, dtype=dtype)
+    assert sorted(set(eps.flatten().tolist())) == pytest.approx([0.1, 0.3])
+    assert made.shape == some.pixels().shape and made.dtype == torch.float32
+    assert made.min() >= 0 and made.max() <= 1
+    assert ((made - some.pixels()).abs() <= eps + ROUNDING).all()
+    assert ((made - some.pixels()).abs().amax(dim=(1, 2, 3)) > 0.9 * eps.flatten()).all()
+
+
+def test_attacks_raise_the_loss_and_a_seed_decides_them(some):
+    shipped = Bundle.load(Path(__file__).parents[1] / "models" / "mnist-fcn")
+    classifier = weights.classifier_of(shipped)
+    network = Hardened(classifier=classifier, purifier=weights.purifier_of(shipped), second_pass=classifier)
+    scores, _, made = attack(network, some, steps=7)
+    _, _, same = attack(network, some, steps=7)
+    _, _, other = attack(network, some, steps=7, seed=1)
+    clean, attacked = (F.cross_entropy(scores(x), some.labels).item() for x in (some.pixels(), made))
+    assert attacked > 5 * clean
+    assert torch.equal(made, same) and not torch.equal(made, other)
+
+
+def test_an_attack_leaves_the_networks_as_they_are_and_ready_to_train(some):
+    network = fresh().train()
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    attack(network, some, steps=2, dtype=torch.bfloat16)
+    after = network.state_dict()
+    assert all(
+        torch.equal(tensor, after[name]) and tensor.dtype == after[name].dtype for name, tensor in before.items()
+    )
+    assert network.training and network.purifier.decoder[0].weight.requires_grad
+    assert all(parameter.grad is None for parameter in network.parameters())
+
+
+# --- the recipe -------------------------------------------------------------------------------------------------------
+
+
+def test_the_hardened_preset_is_the_published_one_and_one_stage_more():
+    published, preset = PRESETS["mnist-fcn"], PRESETS["mnist-fcn-hardened"]
+    assert preset.model_copy(update={"name": published.name, "hardening": None}) == published
+    assert published.hardening is None
+
+
+MISTAKES = {
+    "no strength": ({"eps": []}, "hardening.eps"),
+    "shares of nothing": ({"eps": [[0.1, 0]]}, "the shares add up to 0"),
+    "too strong": ({"first_pass_eps": [[1.5, 1]]}, "hardening.first_pass_eps"),
+    "no steps": ({"steps": 0}, "hardening.steps"),
+    "an unknown optimizer": ({"schedule": SHORT | {"optimizer": "sgd"}}, "hardening.schedule.optimizer"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_in_a_hardening_is_named(mistake):
+    change, reason = MISTAKES[mistake]
+    with pytest.raises(ValidationError, match=reason):
+        Recipe.model_validate(TINY | {"hardening": TINY["hardening"] | change})
+
+
+@pytest.mark.parametrize("optimizer", ["radam", "adamw", "muon"])
+def test_each_trained_parameter_has_one_optimizer_and_the_others_have_none(optimizer):
+    network = fresh()
+    schedule = Schedule(epochs=1, peak_lr=0.1, optimizer=optimizer)
+    found = [p for part in optimizers_of(network, schedule) for group in part.param_groups for p in group["params"]]
+    wanted = [p for p in network.parameters() if p.requires_grad]
+    assert sorted(map(id, found)) == sorted(map(id, wanted))
+    assert 0 < len(wanted) < len([*network.parameters()])
