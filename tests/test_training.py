@@ -91,7 +91,8 @@ def carso_train(*arguments: object) -> Said:
 def process(*arguments: object, before: str = "", **environment: str) -> subprocess.CompletedProcess[str]:
     """Run carso-train in a process of its own; `before` is Python code that it runs first."""
     code = f"{before}\nfrom carso_training.__main__ import main\nmain()"
-    command = [sys.executable, "-c", code, *map(str, arguments)]
+    program = ("-c", code) if before else ("-m", "carso_training")
+    command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD | environment)
 
 
