@@ -609,7 +609,7 @@ def test_another_data_set_needs_nothing_but_its_name_in_the_recipe(tmp_path: Pat
 @pytest.fixture(scope="module")
 def quick_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("quick")
-    done = process("run", "mnist-fcn", "--quick", "--folder", folder, OMP_NUM_THREADS=str(os.cpu_count()))
+    done = process("run", "mnist-fcn", "--quick", "--folder", folder)
     assert done.returncode == 0, done.stderr
     return folder
 

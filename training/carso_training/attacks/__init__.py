@@ -12,6 +12,8 @@ import math
 from carso_training.attacks.attack import Attack, Method
 from carso_training.registry import entries
 
+__all__ = ["CLEAN", "METHODS", "Attack", "Method", "attack_named"]
+
 METHODS = entries(__name__, __path__, Method)
 CLEAN = Attack(METHODS["none"])
 

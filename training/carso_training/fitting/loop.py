@@ -60,7 +60,8 @@ def fit(
     weights, metrics, checkpoints = folder / WEIGHTS, folder / METRICS, Checkpoints(folder)
     if weights.exists():
         load_weights(model, weights)
-        return fabric.to_device(model).eval()
+        fabric.to_device(model)  # in place
+        return model.eval()
 
     steps = -(-rows // (schedule.batch_size * fabric.world_size))
     average = AveragedModel(

@@ -21,6 +21,21 @@ from carso_training.networks.interface import (
 )
 from carso_training.registry import entries
 
+__all__ = [
+    "CLASSIFIERS",
+    "PURIFIERS",
+    "AnyClassifierConfig",
+    "AnyPurifierConfig",
+    "Classifier",
+    "ClassifierConfig",
+    "Purifier",
+    "PurifierConfig",
+    "build_classifier",
+    "build_purifier",
+    "classifier_config",
+    "purifier_config",
+]
+
 CLASSIFIERS = entries(__name__, __path__, ClassifierArchitecture)
 PURIFIERS = entries(__name__, __path__, PurifierArchitecture)
 
