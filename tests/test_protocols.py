@@ -269,8 +269,8 @@ def test_every_sanity_check_is_made_and_the_planted_defences_are_caught(bundle, 
 
 
 @pytest.mark.slow
-def test_the_sanity_checks_pass_on_the_shipped_bundle(tmp_path):
-    """On few images and with small budgets: but for chance in the comparison of restarts, every check passes."""
+def test_the_sanity_checks_fail_on_the_shipped_bundle_only_where_a_small_budget_shows(tmp_path):
+    """An attack with a quick budget has not converged, and three checks say so: docs/robustness.md shows them too."""
     shipped = Bundle.load(SHIPPED)
     measured = Evaluation(
         shipped,
@@ -280,8 +280,10 @@ def test_the_sanity_checks_pass_on_the_shipped_bundle(tmp_path):
         device=CPU,
         quiet=True,
     )
-    failed = [check for check in Checks(measured, images=40, eps=0.3).run().checks if not check.passed]
-    assert len(failed) <= 1, failed
+    checks = Checks(measured, images=40, eps=0.3).run().checks
+    of_the_budget = {f"Twice the {what} break hardly more" for what in ("steps", "restarts", "latents")}
+    assert of_the_budget < {check.name for check in checks}
+    assert {check.name for check in checks if not check.passed} <= of_the_budget
 
 
 def figure(*, eps: float, correct: int, defence: str = "carso", protocol: str = "adaptive") -> Figure:
