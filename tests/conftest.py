@@ -64,6 +64,17 @@ def endless_client(endless_server: Server) -> Iterator[httpx.Client]:
         yield connected
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Let PyTorch use one thread: networks this small are as fast, and do not stall where a core is busy."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 LONGEST = ("test_training.py", "test_fuzz.py", "test_client.py")  # of the files whose tests share what they start
 
 

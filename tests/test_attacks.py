@@ -28,13 +28,7 @@ CONFIG = PRESETS["mnist-fcn"].classifier
 ROUNDING = 1e-6  # of float32 in x + eps - x
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Networks this small are as fast on one, and do not stall where another process keeps a core busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

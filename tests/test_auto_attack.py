@@ -22,12 +22,7 @@ SHIPPED = Path(__file__).parents[1] / "models" / "mnist-fcn"
 ROUNDING = 1e-6  # of float32 in x + eps - x
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

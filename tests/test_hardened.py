@@ -25,20 +25,17 @@ from lightning_fabric import Fabric
 from pydantic import ValidationError
 from torch import Tensor
 
+from tests.recipes import SMALL_NETWORKS
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SHORT = {"epochs": 1, "peak_lr": 0.01, "batch_size": 64, "averaging": 0.9}
 TINY = {
     "name": "tiny-hardened",
     "train_images": 300,
     "validation_images": 60,
     "test_images": 12,
-    "classifier": {"hidden": [24, 16]},
-    "purifier": {
-        "input_encoder": [20, 12],
-        "code_encoder": [20, 8],
-        "encoder": [16, 12],
-        "latent": 6,
-        "decoder": [40, 32],
-    },
+    **SMALL_NETWORKS,
     "undefended": SHORT,
     "adversarial": SHORT,
     "foreseen": {"clean": 1.0, "fgsm-0.15": 1.0},
@@ -53,14 +50,6 @@ TINY = {
 RECIPE = Recipe.model_validate(TINY)
 EPOCHS, STEPS = 2, 3  # 300 images in batches of 100
 ROUNDING = 1e-6
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,10 @@ from carso_training.robustness.published import DEFENCES
 from carso_training.robustness.voting import pipeline_of, robust_answers, vote_seeds
 from lightning_fabric import Fabric
 
+from tests.recipes import SMALL_NETWORKS
 from tests.server import serving
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # Small networks and few images, but every stage; its foreseen attacks are not the published ones
 TINY = {
@@ -41,14 +44,7 @@ TINY = {
     "train_images": 300,
     "validation_images": 60,
     "test_images": 30,
-    "classifier": {"hidden": [24, 16]},
-    "purifier": {
-        "input_encoder": [20, 12],
-        "code_encoder": [20, 8],
-        "encoder": [16, 12],
-        "latent": 6,
-        "decoder": [40, 32],
-    },
+    **SMALL_NETWORKS,
     "undefended": {"epochs": 1, "peak_lr": 0.01, "batch_size": 64, "averaging": 0.9},
     "adversarial": {"epochs": 3, "peak_lr": 0.01, "batch_size": 64, "averaging": 0.9},
     "foreseen": {"clean": 1.0, "fgsm-0.15": 0.5, "pgd-0.30": 0.5},
@@ -94,14 +90,6 @@ def process(*arguments: object, before: str = "", **environment: str) -> subproc
     program = ("-c", code) if before else ("-m", "carso_training")
     command = [sys.executable, *program, *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, env=os.environ | ONE_THREAD | environment)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module", autouse=True)
