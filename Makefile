@@ -5,7 +5,7 @@ BIN := .venv/bin
 # What `make quick` leaves out: training and attacks, deployment, and what has to wait for time-outs, restarts or chance.
 NOT_QUICK := $(wildcard $(addprefix tests/,deploy $(addprefix test_,$(addsuffix .py,\
   attacks auto_attack data export hardened protocols reference system table training \
-  benchmarks fuzz hostile_machine other_servers shutdown slow_clients))))
+  benchmarks client fuzz hostile_machine other_servers shutdown slow_clients))))
 
 .PHONY: help run test quick slow lint types format docs locks train check deploy-check hooks clean
 
