@@ -17,11 +17,12 @@ from http import HTTPStatus
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from carso.complaints import shown
-from carso.errors import BodyTooLarge, NotReady, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
+from carso.errors import BodyTooLarge, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
 from carso.http.exchange import Exchange
 from carso.http.keys import ApiKeys
 from carso.http.refusals import answer, as_request_error
 from carso.http.statuses import STATUS
+from carso.inference.engine import EngineStopped
 from carso.telemetry.metrics import Metrics
 from carso.telemetry.probes import PROBES, Lifecycle
 
@@ -99,8 +100,8 @@ class Envelope:
             if not self._lifecycle.draining or exchange.status or task is None:
                 raise
             task.uncancel()  # by uvicorn, when the time to drain is over; it cancels once
-            stopping = NotReady("the service is stopping: send this request again, to another replica if any")
-            exchange.error = stopping.name
+            stopping = EngineStopped("the time to drain is over")
+            exchange.error = as_request_error(stopping).name
             await answer(stopping, exchange.request_id, path=path)(scope, receive, send)
         finally:
             self._held -= exchange.body_bytes
