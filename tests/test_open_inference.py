@@ -36,7 +36,11 @@ def tensor(array: np.ndarray, datatype: str, *, binary: bool = True) -> triton.I
 def test_a_client_of_triton_finds_server_and_models(remote):
     assert remote.is_server_live()
     assert remote.is_server_ready()
-    assert remote.get_server_metadata()["extensions"] == ["binary_tensor_data"]
+    assert remote.get_server_metadata()["extensions"] == [
+        "binary_tensor_data",
+        "model_configuration",
+        "statistics",
+    ]
     for name in MODELS:
         assert remote.is_model_ready(name)
         assert remote.is_model_ready(name, "0.0.1")
@@ -152,8 +156,8 @@ def body(**changes: object) -> dict[str, object]:
     [
         ({}, 422, "invalid_tensor"),
         ({"inputs": []}, 422, "invalid_tensor"),
-        ({**body(), "surprise": 1}, 422, "invalid_tensor"),
-        (body(name="pictures"), 422, "invalid_tensor"),
+        (body(name=1), 422, "invalid_tensor"),
+        (body(parameters={"shared_memory_region": "mine"}), 422, "invalid_tensor"),
         (body(datatype="INT8"), 422, "invalid_tensor"),
         (body(shape=[-1, 1, 8, 8]), 422, "invalid_tensor"),
         (body(shape=[1, 1, 8, 9]), 422, "invalid_tensor"),
@@ -203,6 +207,86 @@ def test_damaged_binary_forms_are_refused(client, size, behind, part):
     assert part in answer.json()["message"]
 
 
+def asked(**fields: object) -> dict[str, object]:
+    return body() | fields
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        asked(model_name="random"),  # KServe's SDK
+        asked(parameters={}),
+        asked(parameters={"content_type": "np", "headers": {"x": "y"}}),  # MLServer's codecs
+        asked(parameters=None, outputs=None, id=None),  # their types, written with everything that is None
+        asked(parameters={"seed": None, "priority": 1, "sequence_id": 2}),
+        asked(outputs=[{"name": "label", "parameters": None}]),
+        asked(outputs=[{"name": "label", "parameters": {"content_type": "np"}, "surprise": 1}]),
+        body(name="input-0"),
+        body(parameters={"content_type": "np", "headers": None}),
+        body(parameters={}) | {"surprise": [1]},
+        {"inputs": [body()["inputs"][0] | {"parameters": None, "surprise": 1}]},
+    ],
+)
+def test_what_the_protocol_lets_clients_add_is_ignored(client, content):
+    for model in MODELS:
+        answer = client.post(f"/v2/models/{model}/infer", json=content)
+        assert answer.status_code == 200, answer.text
+
+
+def test_what_would_change_a_tensor_is_refused_and_not_ignored(remote):
+    with pytest.raises(InferenceServerException, match="classification is not offered here"):
+        remote.infer(ROBUST, [tensor(VALUES, "FP32")], outputs=[triton.InferRequestedOutput("label", class_count=3)])
+    shared = triton.InferInput("images", [1, 1, 8, 8], "FP32")
+    shared.set_shared_memory("mine", 256)
+    with pytest.raises(InferenceServerException, match="shared_memory_region is not offered here"):
+        remote.infer(ROBUST, [shared])
+
+
+def test_the_repository_lists_the_models(remote, client):
+    index = remote.get_model_repository_index()
+    assert index == [{"name": name, "version": "0.0.1", "state": "READY", "reason": ""} for name in (FAST, ROBUST)]
+    for content in (b"", b"{}", b'{"ready": true}', b'{"ready": null}'):
+        assert client.post("/v2/repository/index", content=content).json() == index
+    assert client.post("/v2/repository/index", content=b"{").json()["error"].startswith("undecodable_json")
+
+
+def test_a_models_configuration_agrees_with_its_metadata(remote, client):
+    images = client.get("/info").json()["limits"]["max_images"]
+    for name in MODELS:
+        config, metadata = remote.get_model_config(name), remote.get_model_metadata(name)
+        assert remote.get_model_config(name, "0.0.1") == config
+        assert (config["name"], config["max_batch_size"]) == (name, images)
+        for mine, other in (("input", "inputs"), ("output", "outputs")):
+            described = [
+                {
+                    "name": entry["name"],
+                    "data_type": f"TYPE_{entry['datatype']}".replace("BYTES", "STRING"),
+                    "dims": entry["shape"][1:],
+                }
+                for entry in metadata[other]
+            ]
+            assert config[mine] == described
+
+
+def test_statistics_count_images_requests_and_failures(remote):
+    def counts(name: str) -> tuple[int, int, int]:
+        (entry,) = remote.get_inference_statistics(name)["model_stats"]
+        assert entry["name"] == name
+        return entry["inference_count"], entry["execution_count"], entry["inference_stats"]["fail"]["count"]
+
+    for name in MODELS:
+        images, requests, failures = counts(name)
+        remote.infer(name, [tensor(VALUES, "FP32")])
+        with suppress(InferenceServerException):
+            remote.infer(name, [tensor(VALUES, "FP32")], outputs=[triton.InferRequestedOutput("surprise")])
+        assert counts(name) == (images + 3, requests + 1, failures + 1)
+        (entry,) = remote.get_inference_statistics(name, "0.0.1")["model_stats"]
+        stages = entry["inference_stats"]
+        inside = ("queue", "compute_input", "compute_infer", "compute_output")
+        assert sum(stages[stage]["ns"] for stage in inside) == pytest.approx(stages["success"]["ns"], abs=1e4)
+    assert [entry["name"] for entry in remote.get_inference_statistics()["model_stats"]] == [FAST, ROBUST]
+
+
 def test_evidence_can_be_withheld_from_both_apis(tmp_path):
     with serving(shared_bundle(SMALL), tmp_path / "log", evidence="label") as server, server.client() as client:
         image = {"content": PNG, "headers": {"content-type": "image/png"}}
@@ -214,5 +298,8 @@ def test_evidence_can_be_withheld_from_both_apis(tmp_path):
         assert client.get("/info").json()["limits"]["evidence"] == "label"
         outputs = client.post(f"/v2/models/{ROBUST}/infer", json=body()).json()["outputs"]
         assert [output["name"] for output in outputs] == ["label", "class_name", "complete"]
+        (statistics,) = client.get(f"/v2/models/{ROBUST}/stats").json()["model_stats"]
+        assert statistics["execution_count"] == 1
+        assert statistics["inference_stats"] is None
         schema = client.get("/openapi.json").json()["components"]["schemas"]
         assert "RobustPrediction" not in schema

@@ -1,4 +1,4 @@
-"""The Open Inference Protocol v2 over HTTP, as clients of KServe and Triton speak it.
+"""The Open Inference Protocol v2 over HTTP, as clients of KServe, MLServer and Triton speak it.
 
 Two models: the bundle's name is the robust path, and the same with -fast the fast path.
 """
@@ -12,13 +12,14 @@ from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
 from fastapi import FastAPI
-from pydantic import BaseModel
+from pydantic import BaseModel, Field, RootModel
 from starlette.requests import Request
 from starlette.responses import Response
 
 from carso.api import answers, openapi, tensors
 from carso.api.classification import Classification, Classified
 from carso.api.intake import Intake
+from carso.api.statistics import AllStatistics, ModelStatistics, Statistics
 from carso.api.tensors import InferRequest, InferResponse, OutputType
 from carso.bundle import InputSpec, Manifest
 from carso.choices import Evidence, PathName
@@ -33,12 +34,19 @@ from carso.version import __version__
 
 JSON_SIZE = "inference-header-content-length"
 
+_INDEX_REQUEST = {
+    "type": "object",
+    "properties": {"ready": {"type": "boolean", "description": "Only models that take requests."}},
+}
+_INDEX_VALUES = 1024  # of its JSON
+
 _PREDICTIONS: dict[tuple[PathName, Evidence], type[BaseModel]] = {
     ("fast", "label"): answers.Label,
     ("fast", "full"): answers.FastPrediction,
     ("robust", "label"): answers.RobustLabel,
     ("robust", "full"): answers.RobustPrediction,
 }
+_KNOWN = frozenset((*RobustOptions.model_fields, "timeout"))
 _DATATYPES: dict[type, OutputType] = {int: "INT64", float: "FP64", bool: "BOOL", str: "BYTES"}
 
 
@@ -47,7 +55,7 @@ class ServerMetadata(BaseModel):
 
     name: str = "carso"
     version: str = __version__
-    extensions: tuple[str, ...] = ("binary_tensor_data",)
+    extensions: tuple[str, ...] = ("binary_tensor_data", "model_configuration", "statistics")
 
 
 class TensorMetadata(BaseModel):
@@ -66,6 +74,38 @@ class ModelMetadata(BaseModel):
     platform: str
     inputs: tuple[TensorMetadata, ...]
     outputs: tuple[TensorMetadata, ...]
+
+
+class TensorConfig(BaseModel):
+    """One input or output of a model, in Triton's words."""
+
+    name: str
+    data_type: str
+    dims: list[int] = Field(description="Without the first dimension, which counts the images.")
+
+
+class ModelConfig(BaseModel):
+    """The answer of /v2/models/NAME/config: what Triton's extension for model configuration tells that holds here."""
+
+    name: str
+    platform: str
+    backend: str
+    max_batch_size: int
+    input: tuple[TensorConfig, ...]
+    output: tuple[TensorConfig, ...]
+
+
+class IndexEntry(BaseModel):
+    """One model of the repository."""
+
+    name: str
+    version: str
+    state: Literal["READY", "UNAVAILABLE"]
+    reason: str
+
+
+class RepositoryIndex(RootModel[list[IndexEntry]]):
+    """The answer of /v2/repository/index."""
 
 
 class Model:
@@ -95,6 +135,8 @@ class Model:
         self._max_values = json_values.limit(manifest.input.shape)
         self._options = options
         self._types = {name: _datatype(field.annotation) for name, field in fields.items()}
+        self._statistics = Statistics()
+        self._tells_timings = evidence == "full"
         self.metadata = ModelMetadata(
             name=self.name,
             versions=(self.version,),
@@ -109,9 +151,32 @@ class Model:
                 for name, field in fields.items()
             ),
         )
+        self.config = ModelConfig(
+            name=self.name,
+            platform=self.metadata.platform,
+            backend="onnxruntime",
+            max_batch_size=max_images,
+            input=tuple(map(_config, self.metadata.inputs)),
+            output=tuple(map(_config, self.metadata.outputs)),
+        )
+
+    @property
+    def statistics(self) -> ModelStatistics:
+        """What the model did since the process began."""
+        return self._statistics.of(self.name, self.version, with_timings=self._tells_timings)
 
     async def infer(self, request: Request) -> Response:
         """Classify. Raises UnknownOutput and the errors of tensors.parse, Intake and Classification."""
+        exchange = Exchange.of(request.scope)
+        try:
+            response = await self._infer(request)
+        except Exception:
+            self._statistics.failed(seconds=time.monotonic() - exchange.arrived)
+            raise
+        self._statistics.succeeded(images=exchange.images or 0, timings=exchange.timings or {})
+        return response
+
+    async def _infer(self, request: Request) -> Response:
         self._classification.check(self.path)
         data = await request.body()
         began = time.monotonic()
@@ -141,9 +206,9 @@ class Model:
                 )
 
     def _respond(self, request: Request, asked: InferRequest, classified: Classified) -> Response:
-        everything = bool(asked.parameters.get("binary_data_output", False))
+        everything = bool((asked.parameters or {}).get("binary_data_output", False))
         if asked.outputs:
-            wanted = {output.name: output.parameters.binary_data for output in asked.outputs}
+            wanted = {output.name: output.binary for output in asked.outputs}
         else:
             wanted = dict.fromkeys(self._types)
         response: dict[str, Any] = {"model_name": self.name, "model_version": self.version}
@@ -164,8 +229,11 @@ class Model:
 
 
 def _options(asked: InferRequest, path: PathName) -> dict[str, Any]:
-    """Return the parameters that are options. Triton's `timeout`, in microseconds, 0 for none, is the deadline."""
-    options = {name: value for name, value in asked.parameters.items() if name != "binary_data_output"}
+    """Return the parameters that are options, of either path; all others are the client's own, and are ignored.
+
+    Triton's `timeout`, in microseconds, 0 for none, is the deadline.
+    """
+    options = {name: value for name, value in (asked.parameters or {}).items() if name in _KNOWN and value is not None}
     if path == "robust" and "timeout" in options:
         timeout = options.pop("timeout")
         if type(timeout) is not int or timeout < 0:
@@ -181,6 +249,11 @@ def _options(asked: InferRequest, path: PathName) -> dict[str, Any]:
 
 def _input(spec: InputSpec) -> TensorMetadata:
     return TensorMetadata(name=tensors.INPUT, datatype="FP32", shape=[-1, *spec.shape])
+
+
+def _config(tensor: TensorMetadata) -> TensorConfig:
+    data_type = {"BYTES": "STRING"}.get(tensor.datatype, tensor.datatype)
+    return TensorConfig(name=tensor.name, data_type=f"TYPE_{data_type}", dims=tensor.shape[1:])
 
 
 def _datatype(annotation: Any) -> OutputType:
@@ -211,6 +284,34 @@ def add_to(app: FastAPI, models: Sequence[Model], probes: Probes) -> None:
         probes.ready()
         return {"ready": True}
 
+    async def index(request: Request) -> Response:
+        content = json_values.parse(await request.body() or b"{}", max_values=_INDEX_VALUES)
+        entries = [
+            IndexEntry(
+                name=model.name,
+                version=model.version,
+                state="READY" if probes.is_ready else "UNAVAILABLE",
+                reason="" if probes.is_ready else "this process is stopping, or its engine is dead",
+            )
+            for model in models
+            if probes.is_ready or not (isinstance(content, dict) and content.get("ready"))
+        ]
+        return Response(RepositoryIndex(entries).model_dump_json(), media_type="application/json")
+
+    openapi.add_endpoint(
+        app,
+        "/v2/repository/index",
+        index,
+        summary="The models, in Triton's and MLServer's extension for repositories",
+        answer=RepositoryIndex,
+        errors=openapi.INDEX_ERRORS,
+        extra={"requestBody": {"content": {"application/json": {"schema": _INDEX_REQUEST}}}},
+    )
+
+    @app.get("/v2/models/stats", summary="What the models did so far", responses=guarded)
+    async def all_statistics() -> AllStatistics:
+        return AllStatistics(model_stats=[model.statistics for model in models])
+
     for model in models:
         for at in (f"/v2/models/{model.name}", f"/v2/models/{model.name}/versions/{model.version}"):
             _add_model(app, probes, model, at)
@@ -229,7 +330,15 @@ def _add_model(app: FastAPI, probes: Probes, model: Model, at: str) -> None:
         probes.ready()
         return {"name": model.name, "ready": True}
 
+    async def config() -> ModelConfig:
+        return model.config
+
+    async def statistics() -> AllStatistics:
+        return AllStatistics(model_stats=[model.statistics])
+
     both = openapi.GUARDED | openapi.HEALTH
+    app.get(f"{at}/config", summary=f"The configuration of {model.name}", responses=openapi.GUARDED)(config)
+    app.get(f"{at}/stats", summary=f"What {model.name} did so far", responses=openapi.GUARDED)(statistics)
     app.get(at, summary=f"The model {model.name}", responses=openapi.GUARDED)(metadata)
     app.get(f"{at}/ready", summary=f"Whether {model.name} takes requests", responses=both)(ready)
     of_the_path = (*openapi.ROBUST_ERRORS, ConflictingParameters) if model.path == "robust" else ()

@@ -61,6 +61,16 @@ NATIVE_ERRORS: Errors = (
     e.MissingImages,
     e.ConflictingParameters,
 )
+INDEX_ERRORS: Errors = (
+    e.UndecodableJson,
+    e.MalformedRequest,
+    e.Unauthorized,
+    e.RequestTimeout,
+    e.BodyTooLarge,
+    e.UnsupportedMediaType,
+    e.Overloaded,
+    e.InternalError,
+)
 TENSOR_ERRORS: Errors = (*_CLASSIFICATION_ERRORS, e.InvalidTensor, e.UnknownOutput)
 
 

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import to_json
 
 from carso.complaints import shown
@@ -32,6 +32,7 @@ from carso.images import json_values
 from carso.images.numbers import Source, from_lists
 
 INPUT = "images"
+NOT_OFFERED = frozenset(("shared_memory_region", "classification"))  # extensions of Triton's that change a tensor
 
 InputType = Literal["FP16", "FP32", "FP64", "UINT8", "BYTES"]
 OutputType = Literal["BOOL", "INT64", "FP64", "BYTES"]
@@ -41,10 +42,26 @@ _PACKED = {"BOOL": np.bool_, "INT64": np.int64, "FP64": np.float64}
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    """A part of a request. The protocol lets clients add fields and parameters of their own, and many do: what is not
+    known here is ignored, and null is as good as nothing."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore", strict=True)
 
 
-class InputParameters(_Part):
+class _Parameters(_Part):
+    """Parameters of one tensor."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _understood(cls, content: Any) -> Any:
+        """Refuse what cannot be ignored, because the tensor would be another one."""
+        for name in NOT_OFFERED & content.keys() if isinstance(content, dict) else ():
+            if content[name]:
+                raise ValueError(f"{name} is not offered here: leave it out")
+        return content
+
+
+class InputParameters(_Parameters):
     """Parameters of an input tensor."""
 
     binary_data_size: int | None = Field(default=None, ge=0, description="Bytes of this tensor behind the JSON.")
@@ -53,7 +70,7 @@ class InputParameters(_Part):
 class Input(_Part):
     """The input tensor: the images."""
 
-    name: Literal["images"]
+    name: str = Field(max_length=1024, description="There is one input, so any name will do.")
     shape: list[int] = Field(
         min_length=1, max_length=4, description="[N, C, H, W] or what .npy may have; of BYTES, [N] or [N, 1]."
     )
@@ -61,11 +78,16 @@ class Input(_Part):
         description="Floating point in the bundle's range; UINT8, which is scaled to it; BYTES: encoded images, in "
         "JSON as base64."
     )
-    parameters: InputParameters = InputParameters()
+    parameters: InputParameters | None = None
     data: list[Any] | None = Field(default=None, description="Flat or nested; nothing if it comes in binary form.")
 
+    @property
+    def binary_size(self) -> int | None:
+        """Bytes of this tensor behind the JSON; None: it is in the JSON."""
+        return self.parameters.binary_data_size if self.parameters else None
 
-class OutputParameters(_Part):
+
+class OutputParameters(_Parameters):
     """Parameters of an output tensor."""
 
     binary_data: bool | None = Field(default=None, description="Send this tensor in binary form.")
@@ -75,15 +97,20 @@ class Output(_Part):
     """An output tensor that the client asks for."""
 
     name: str
-    parameters: OutputParameters = OutputParameters()
+    parameters: OutputParameters | None = None
+
+    @property
+    def binary(self) -> bool | None:
+        """Whether this tensor is to be in binary form; None: the request says so."""
+        return self.parameters.binary_data if self.parameters else None
 
 
 class InferRequest(_Part):
     """The JSON of a request."""
 
     id: str | None = Field(default=None, max_length=1024, description="Given back in the response.")
-    parameters: dict[str, Any] = Field(
-        default={}, description="Options, as of the native API; binary_data_output: send all tensors in binary form."
+    parameters: dict[str, Any] | None = Field(
+        default=None, description="Options, as of the native API; binary_data_output: send all tensors in binary form."
     )
     inputs: list[Input] = Field(min_length=1, max_length=1)
     outputs: list[Output] | None = Field(
@@ -127,7 +154,8 @@ def parse(data: bytes, json_size: str | None, *, max_images: int, max_values: in
     except ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the request"
-        raise InvalidTensor(f"{where}: {first['msg']} (found {shown(first['input'])})") from None
+        message = first["msg"].removeprefix("Value error, ")
+        raise InvalidTensor(f"{where}: {message} (found {shown(first['input'])})") from None
     tensor = request.inputs[0]
     return request, _images(tensor, data[size:], max_images=max_images)
 
@@ -137,10 +165,10 @@ def _images(tensor: Input, packed: bytes, *, max_images: int) -> list[Source]:
         raise InvalidTensor(f"shape {tensor.shape} has a negative entry")
     if not prod(tensor.shape):
         raise EmptyBatch(f"a tensor of shape {tensor.shape} holds no image")
-    due = tensor.parameters.binary_data_size or 0
+    due = tensor.binary_size or 0
     if len(packed) != due:
         raise InvalidTensor(f"{len(packed)} bytes follow the JSON, and its tensor has a binary_data_size of {due}")
-    if (tensor.data is None) != (tensor.parameters.binary_data_size is not None):
+    if (tensor.data is None) != (tensor.binary_size is not None):
         raise InvalidTensor("the tensor must have either data or a binary_data_size, and not both")
     if tensor.datatype == "BYTES":
         return _encoded_images(tensor, packed, max_images=max_images)
