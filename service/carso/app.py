@@ -193,8 +193,8 @@ def _lifespan(
         if not lifecycle.managed:
             log.warning(
                 "this server is not `carso serve`: CARSO_HOST, CARSO_PORT, CARSO_DRAIN_DELAY_S, CARSO_DRAIN_TIMEOUT_S "
-                "and CARSO_LOG_LEVEL have no effect, readiness does not fail before the port is closed, and the time "
-                "for a request's headers is not limited"
+                "and CARSO_LOG_LEVEL have no effect, readiness does not fail before the port is closed, the time for a "
+                "request's headers is not limited, and the body of a request that offers an upgrade may be lost"
             )
         engine.start()
         log.info("ready", extra={"fields": {"version": __version__, **served}})

@@ -85,6 +85,7 @@ def serve(**options: object) -> None:
         check_runtime()
         from carso.app import build
         from carso.bundle import BundleError
+        from carso.http.listening import CannotListen, UnknownHost, bind
         from carso.http.serving import run
         from carso.inference.sessions import DeviceError
         from carso.telemetry import logs
@@ -98,12 +99,17 @@ def serve(**options: object) -> None:
     for name in unknown_variables():
         log.warning("%s is in the environment but is not a setting of this service", name)
     try:
-        service = build(settings)
+        sockets = bind(settings.host, settings.port)
+        run(build(settings), settings, sockets)
+    except UnknownHost as e:
+        _exit(
+            f"{settings.called('host')}: {settings.host!r} is not an address, and no name that is known: {e}",
+            BAD_SETTING,
+        )
     except SettingsError as e:
         _exit(e, BAD_SETTING)
-    except (BundleError, DeviceError) as e:
+    except (BundleError, CannotListen, DeviceError) as e:
         _exit(e, CANNOT_START)
-    run(service, settings)
 
 
 def _options() -> list[inspect.Parameter]:

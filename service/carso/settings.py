@@ -82,7 +82,9 @@ class Settings(BaseModel):
     _options: frozenset[str] = PrivateAttr(default=frozenset())
 
     host: str = _network(
-        default="127.0.0.1", min_length=1, description="Address to listen on. 0.0.0.0 is every IPv4 address."
+        default="127.0.0.1",
+        min_length=1,
+        description="Address or name to listen on. :: is every address, IPv6 and IPv4, and 0.0.0.0 every IPv4 address.",
     )
     port: int = _network(
         default=8000, ge=0, le=65535, description="Port to listen on. 0 takes any free port; the log names it."

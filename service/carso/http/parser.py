@@ -8,10 +8,13 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
+import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from carso.errors import HeadTooLarge, MalformedRequest, RequestError
+from carso.http.upgrades import SteadfastParser
 
+NOT_HTTP = "this is not an HTTP/1.1 request: use an HTTP client"
 HEAD_BYTES = 64 * 2**10  # request line and headers; nginx takes 32 KiB, Apache 8 KiB a line
 GRACE = 1.0  # seconds to wait for a body's end longer than the application does, which then answers 408
 
@@ -25,6 +28,8 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
     class Bounded(HttpToolsProtocol):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
+            self.parser = SteadfastParser(self)  # type: ignore[assignment]
+            self._malformed = NOT_HTTP
             self._timer: asyncio.TimerHandle | None = None
             # seconds for what has begun: a head, or a body; None: nothing has. Timed, from the end of the bytes that
             # began it: most requests come whole, and need no timer.
@@ -60,6 +65,10 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
         def on_headers_complete(self) -> None:
             self._head = 0
             self._begin(receive_timeout + GRACE)
+            hosts = sum(name == b"host" for name, _ in self.headers)
+            if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
+                self._malformed = f"a request of HTTP/1.1 has one header Host, and this one has {hosts}: send one"
+                raise httptools.HttpParserError(self._malformed)  # which uvicorn answers by send_400_response
             super().on_headers_complete()
 
         def on_body(self, body: bytes) -> None:
@@ -76,7 +85,7 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
             super().connection_lost(exc)
 
         def send_400_response(self, msg: str) -> None:
-            self._refuse(MalformedRequest("this is not an HTTP/1.1 request: use an HTTP client"))
+            self._refuse(MalformedRequest(self._malformed))
 
         def _refuse(self, error: RequestError) -> None:
             answer = unread(error)

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import logging
+import socket
 import sys
 from contextlib import suppress
 
 import uvicorn
 
+from carso.http.listening import listen, urls
 from carso.http.parser import bounded
 from carso.http.server import Server, Service
 from carso.settings import Settings
+
+log = logging.getLogger(__name__)
 
 SWITCH_INTERVAL = 0.5e-3  # seconds
 MMAP_FROM = 2**20  # bytes of one allocation
@@ -21,14 +26,13 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 KEEP_ALIVE = 75
 
 
-def run(service: Service, settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT, and drain."""
+def run(service: Service, settings: Settings, sockets: list[socket.socket]) -> None:
+    """Serve at these bound sockets until SIGTERM or SIGINT, and drain. Raises CannotListen."""
     _settle()
     config = uvicorn.Config(
         service.app,
-        host=settings.host,
-        port=settings.port,
         http=bounded(settings.receive_timeout_s, service.unread),
+        ws="none",  # an offer of WebSocket is ignored, like that of any other protocol
         lifespan="on",
         log_config=None,  # uvicorn's loggers join ours
         access_log=False,  # carso.http.envelope writes that line
@@ -36,13 +40,15 @@ def run(service: Service, settings: Settings) -> None:
         proxy_headers=False,  # nothing here asks who the client is
         timeout_keep_alive=KEEP_ALIVE,
     )
+    listen(sockets, backlog=config.backlog)  # before the log says "ready"
+    log.info("listening", extra={"fields": {"addresses": urls(sockets)}})
     Server(
         config,
         lifecycle=service.lifecycle,
         abandon=service.abandon,
         delay=settings.drain_delay_s,
         timeout=settings.drain_timeout_s,
-    ).run()  # raises the signal that ended it once more; by then all is done
+    ).run(sockets)  # raises the signal that ended it once more; by then all is done
 
 
 def _settle() -> None:

@@ -25,6 +25,8 @@ _STATUSES: dict[int, tuple[type[RequestError], ...]] = {
         errors.WrongShape,
         errors.NotFinite,
         errors.OutOfRange,
+        errors.WrongScale,
+        errors.BlankImage,
         errors.EmptyBatch,
         errors.RaggedArray,
         errors.NotNumbers,
