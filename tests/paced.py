@@ -48,8 +48,20 @@ def building(speed: str = "", *, per_second: float = 0, failing: bool = False) -
     def built(self: Any, *arguments: Any, **options: Any) -> None:
         build(self, *arguments, **options)
         self.vote = _paced(self.vote, speed, per_second=per_second, failing=failing)
+        self.vote_and_purify = _apart(self)
 
     return built
+
+
+def _apart(sessions: Any) -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Paced votes, and purified images beside them, which cost what they cost."""
+
+    def both(codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray, *, purified: int) -> Any:
+        rows = len(latents) - purified
+        votes = sessions.vote(codes, code_index[:rows], latents[:rows])
+        return votes, sessions.purify(codes, code_index[rows:], latents[rows:])
+
+    return both
 
 
 def _paced(vote: Vote, speed: str, *, per_second: float, failing: bool) -> Vote:

@@ -12,13 +12,16 @@ from carso.choices import LEAST_PRICE, MAX_SEED
 from carso.inference.jobs import Job, Outcome, Result, Step, Ticket, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
-from carso.inference.vote import LARGEST_BALLOT
+from carso.inference.vote import LARGEST_BALLOT, SMALLEST_BALLOT
 
 from tests.bundles import SMALL, random_images, shared_bundle
 
 LATENT, CLASSES = SMALL.purifier.latent, SMALL.classifier.classes
 IMAGES = random_images(24)
 ROUND_ROWS = (1, 64, 300, 4096)
+FAR = 1e6  # seconds: a deadline that is never near
+COST = 1e-3  # seconds of a vote, on the clock of `Costly`
+EPS = 0.3
 
 
 class Clock:
@@ -28,6 +31,18 @@ class Clock:
 
     def __call__(self) -> float:
         return self.now
+
+
+class Costly:
+    """Sessions whose votes take time on a test's clock, and no other."""
+
+    def __init__(self, sessions: Sessions, clock: Clock) -> None:
+        self._sessions, self._clock = sessions, clock
+        self.first_pass, self.purify = sessions.first_pass, sessions.purify
+
+    def vote(self, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
+        self._clock.now += COST * len(latents)
+        return self._sessions.vote(codes, code_index, latents)
 
 
 @pytest.fixture(scope="module")
@@ -222,10 +237,11 @@ def test_open_elections_take_turns(sessions):
     """24 elections, room for one of them in a round: after 36 rounds none is more than one ballot ahead of another."""
     clock = Clock()
     pipeline = pipeline_of(sessions, round_rows=64, clock=clock)
-    tickets = admitted(pipeline, *(Job(image[None], plan(risk=0), deadline=1) for image in IMAGES))
+    pipeline.classify(IMAGES[:1], plan())  # the pace is known from now on
+    tickets = admitted(pipeline, *(Job(image[None], plan(risk=0), deadline=FAR) for image in IMAGES))
     pipeline.first_passes()
     assert [pipeline.round().elections for _ in range(36)] == 36 * [1]
-    clock.now = 1
+    clock.now = FAR
     found = results([pipeline.round()])
     votes = [found[ticket].outcomes[0].votes for ticket in tickets]
     assert min(votes) > 0
@@ -334,8 +350,118 @@ def test_a_deadline_holds_however_long_the_queue(sessions):
 def test_a_deadline_that_is_past_at_the_start_leaves_an_empty_tally(sessions):
     pipeline = pipeline_of(sessions, round_rows=512, clock=Clock())
     result = answered(pipeline, Job(IMAGES[:1], plan(seed=1), deadline=-1))
-    assert result.outcomes == (Outcome(label=0, votes=0, tally=CLASSES * [0], ending="deadline", seed=1),)
+    empty = Outcome(label=0, votes=0, tally=CLASSES * [0], ending="deadline", risk_reached=1.0, seed=1)
+    assert result.outcomes == (empty,)
     assert len(result.probabilities) == 1  # the fast path's answer is there all the same
+
+
+@pytest.mark.parametrize("others", [0, 30])
+def test_near_a_deadline_every_election_has_votes_in_time_and_answers_are_late_by_one_small_round_at_most(
+    sessions, others
+):
+    """60 elections of 512 votes a ballot would take 31 s one after the other, and there is half a second."""
+    clock = Clock()
+    pipeline = pipeline_of(Costly(sessions, clock), round_rows=128, clock=clock)
+    admitted(pipeline, *(Job(random_images(1, seed=seed), plan(risk=0)) for seed in range(others)))
+    pipeline.first_passes()
+    pipeline.round()
+    deadline = clock.now + 0.5
+    tickets = admitted(
+        pipeline, *(Job(random_images(1, seed=seed), plan(risk=0), deadline=deadline) for seed in range(60))
+    )
+    pipeline.first_passes()
+    found: dict[Ticket, Result | None] = {}
+    while not found.keys() >= set(tickets):
+        step = pipeline.round()
+        assert step.rows <= 128
+        found |= results([step])
+    assert clock.now <= deadline + 128 * COST
+    votes = [found[ticket].outcomes[0].votes for ticket in tickets]
+    assert min(votes) >= SMALLEST_BALLOT
+
+
+def test_with_too_little_time_for_all_the_earliest_deadlines_get_their_first_votes_first(sessions):
+    clock = Clock()
+    pipeline = pipeline_of(Costly(sessions, clock), round_rows=64, clock=clock)
+    later, sooner = (
+        admitted(pipeline, *(Job(image[None], plan(risk=0), deadline=deadline) for image in IMAGES[:16]))
+        for deadline in (10.0, 0.05)
+    )
+    pipeline.first_passes()
+    pipeline.round()
+    found = results([pipeline.round()])
+    assert found.keys() == set(sooner)
+    assert {found[ticket].outcomes[0].votes for ticket in sooner} == {SMALLEST_BALLOT}
+    assert len(later) == 16
+
+
+def test_an_answer_to_a_seed_is_the_same_if_its_ballots_were_cast_in_parts(sessions):
+    asked = plan(samples=200, risk=1e-3, seed=9)
+    whole = pipeline_of(sessions, round_rows=512).classify(IMAGES, asked)
+    clock = Clock()
+    pipeline = pipeline_of(Costly(sessions, clock), round_rows=32, clock=clock)
+    late, parted = admitted(pipeline, Job(IMAGES, plan(risk=0), deadline=2.0), Job(IMAGES, asked))
+    steps = run(pipeline)
+    assert any(0 < step.rows / step.elections <= SMALLEST_BALLOT for step in steps if step.elections)
+    assert results(steps)[parted].outcomes == whole
+    assert {outcome.ending for outcome in results(steps)[late].outcomes} == {"deadline"}
+
+
+def test_an_outcome_tells_the_risk_that_its_tally_reached(sessions):
+    clock = Clock()
+    pipeline = pipeline_of(Costly(sessions, clock), round_rows=512, clock=clock)
+    for risk in (0, 1e-6, 1e-2):
+        for outcome in pipeline.classify(IMAGES, plan(risk=risk)):
+            assert (outcome.risk_reached == 0) if outcome.ending == "exact" else (0 < outcome.risk_reached <= risk)
+    (late,) = admitted(pipeline, Job(IMAGES, plan(risk=0), deadline=clock.now + 0.2))
+    cut = [o for o in results(run(pipeline))[late].outcomes if o.ending == "deadline"]
+    assert cut
+    assert all(0 < outcome.risk_reached <= 1 for outcome in cut)
+
+
+# --- typical images ---------------------------------------------------------------------------------------------------
+
+
+def figures_of(sessions: Sessions, images: np.ndarray) -> list[tuple[float, float]]:
+    """Excess and contrast, from their definitions."""
+    zeros = np.zeros((len(images), LATENT), np.float32)
+    purified = sessions.purify(sessions.first_pass(images).codes, np.arange(len(images)), zeros)
+    excess = np.maximum(np.abs(images - purified) - EPS, 0).mean(axis=(1, 2, 3))
+    return list(zip(excess.tolist(), np.ptp(images, axis=(1, 2, 3)).tolist(), strict=True))
+
+
+def shown(result: Result) -> list[tuple[float, float]]:
+    return [(found.excess, found.contrast) for found in result.typicalities]
+
+
+@pytest.mark.parametrize("round_rows", ROUND_ROWS)
+def test_both_paths_give_the_figures_of_every_image_and_no_vote_changes(sessions, round_rows):
+    without = pipeline_of(sessions, round_rows=round_rows).classify(IMAGES, plan())
+    pipeline = pipeline_of(sessions, round_rows=round_rows, eps=EPS, typical_on=("fast", "robust"))
+    robust, fast, robust_again = pipeline.run([Job(IMAGES, plan()), Job(IMAGES), Job(IMAGES[:3], plan(seed=5))])
+    expected = figures_of(sessions, IMAGES)
+    np.testing.assert_allclose(shown(robust), expected, atol=2e-6)
+    np.testing.assert_allclose(shown(fast), expected, atol=2e-6)
+    np.testing.assert_allclose(shown(robust_again), expected[:3], atol=2e-6)  # another seed, the same figures
+    assert robust.outcomes == without
+
+
+def test_a_device_that_does_both_apart_gives_the_same_votes_and_images(sessions):
+    codes = sessions.first_pass(IMAGES).codes
+    latents = np.random.default_rng(2).standard_normal((40, LATENT), dtype=np.float32)
+    code_index = np.arange(40) % len(IMAGES)
+    one_run = sessions.vote_and_purify(codes, code_index, latents, purified=7)
+    apart = sessions.vote(codes, code_index[:33], latents[:33]), sessions.purify(codes, code_index[33:], latents[33:])
+    np.testing.assert_array_equal(one_run[0], apart[0])
+    np.testing.assert_allclose(one_run[1], apart[1], atol=1e-6)
+
+
+def test_a_path_that_is_not_asked_for_figures_has_none_and_costs_no_row(sessions):
+    nobody = pipeline_of(sessions, round_rows=64)
+    robust_only = pipeline_of(sessions, round_rows=64, eps=EPS)
+    for pipeline, job in ((nobody, Job(IMAGES, plan())), (nobody, Job(IMAGES)), (robust_only, Job(IMAGES))):
+        (result,) = pipeline.run([job])
+        assert result.typicalities is None
 
 
 def test_first_passes_of_the_fast_path_go_ahead_of_all_others_that_wait(sessions):

@@ -54,11 +54,13 @@ class _Strict(BaseModel):
 
 
 class InputSpec(_Strict):
-    """One image: its shape (channels, height, width), and the range that its values must lie in."""
+    """One image: its shape (channels, height, width), the range that its values must lie in, and what it shows."""
 
     shape: tuple[int, int, int]
     low: float = 0.0
     high: float = 1.0
+    background: float = 0.0  # the value round the subject, which `resize` pads with
+    expects: str = ""  # for people: subject, polarity and framing of the images that the system knows
 
     @model_validator(mode="after")
     def _valid(self) -> InputSpec:
@@ -66,6 +68,8 @@ class InputSpec(_Strict):
             raise ValueError(f"shape {self.shape} is not [1 or 3 channels, height, width]")
         if not self.low < self.high:
             raise ValueError(f"the value range [{self.low}, {self.high}] is empty")
+        if not self.low <= self.background <= self.high:
+            raise ValueError(f"the background {self.background} is outside the value range [{self.low}, {self.high}]")
         return self
 
 
@@ -139,6 +143,32 @@ class Cell(_Strict):
         return "transfer" if is_classifier else "adaptive"
 
 
+class Judged(_Strict):
+    """Images of one kind, and how many of them are not typical."""
+
+    kind: str = Field(min_length=1)  # such as "clean", "fashion-mnist", "inverted"
+    images: int = Field(gt=0)
+    untypical: int = Field(ge=0)
+    missed: int | None = Field(default=None, ge=0)  # typical, and yet misread; None: there is no right answer
+
+    @model_validator(mode="after")
+    def _possible(self) -> Judged:
+        if self.untypical + (self.missed or 0) > self.images:
+            raise ValueError(
+                f"{self.untypical} untypical and {self.missed} missed images are more than all {self.images}"
+            )
+        return self
+
+
+class Typical(_Strict):
+    """Which images are typical of those that the purifier knows; ``carso.inference.typical`` defines the figures."""
+
+    eps: float = Field(ge=0, allow_inf_nan=False)  # how far an attacker may move a value, in units of the input's
+    excess: float = Field(ge=0, allow_inf_nan=False)  # the largest of a typical image
+    contrast: float = Field(ge=0, allow_inf_nan=False)  # the smallest of a typical image
+    table: tuple[Judged, ...] = ()  # what these thresholds flag, measured on images that took no part in setting them
+
+
 class Manifest(_Strict):
     """What a bundle is."""
 
@@ -153,6 +183,7 @@ class Manifest(_Strict):
     samples: int = Field(gt=0)  # votes asked for by default
     recipe: dict[str, Any]  # how it was trained
     table: tuple[Cell, ...]  # what was measured
+    typical: Typical | None = None  # None: this bundle cannot tell
     files: dict[FileName, Sha256]
 
     @model_validator(mode="after")

@@ -12,7 +12,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from carso.bundle import MANIFEST, Bundle, BundleError
+from carso.bundle import MANIFEST, Bundle, BundleError, sealed
 from carso.inference.runtime import InstallationError, check_runtime
 from carso.inference.sessions import DeviceError
 from carso.version import __version__
@@ -21,6 +21,7 @@ from lightning_fabric.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.logging import RichHandler
 
+from carso_training import durable
 from carso_training.datasets import dataset
 from carso_training.errors import DeviceUnavailableError, RecipeError, RunError, TrainingError
 from carso_training.recipe import PRESETS, Recipe
@@ -31,6 +32,8 @@ from carso_training.robustness.report import update, updated
 from carso_training.robustness.samples import write_samples
 from carso_training.robustness.sanity import Checks
 from carso_training.robustness.table import WIDTH, as_rich, wilson
+from carso_training.robustness.typical import as_markdown as typical_as_markdown
+from carso_training.robustness.typical import recipe_of, typical_of
 from carso_training.robustness.voting import pipeline_of
 from carso_training.run import Run, RunFolder, Split
 
@@ -193,6 +196,39 @@ def evaluate(
         except KeyboardInterrupt:
             _tell("stopped. Run the same command again to resume from the last finished batch")
             raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def typical(
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    *,
+    write: Annotated[
+        bool, typer.Option("--write", help="Put the thresholds and the table into the bundle's manifest.")
+    ] = False,
+    out: Annotated[Path | None, typer.Option(help="File for the figures, as JSON.")] = None,
+    source: DataFolder = None,
+    accelerator: Accelerator = "auto",
+) -> None:
+    """Find out which images are typical of a bundle, and what that flags. Minutes on two cores.
+
+    The thresholds are set on validation images, and the table is measured on test images. `run` does this too.
+    """
+    bundle = Bundle.load(folder)
+    found = typical_of(
+        bundle,
+        validation=images_of(bundle, "validation", given=source),
+        test=images_of(bundle, "test", given=source),
+        seed=recipe_of(bundle).seed,
+        device=_device(accelerator),
+        given=source,
+    )
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        durable.write(out, found.model_dump_json(indent=1) + "\n")
+    if write:
+        kept = bundle.manifest.model_dump(mode="json", exclude={"schema_version", "files"})
+        sealed(folder, kept | {"typical": found.model_dump(mode="json")})
+    typer.echo(typical_as_markdown(found))
 
 
 @app.command()

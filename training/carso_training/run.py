@@ -6,6 +6,7 @@
 <folder>/purifier/              and the attacked images that it was trained on
 <folder>/hardening/             if the recipe asks for it: all networks, trained on together
 <folder>/table-<split>.json     the measured table
+<folder>/typical.json           which images are typical
 <folder>/bundle/                the bundle
 """
 
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from carso.bundle import Bundle, Cell, sealed
+from carso.bundle import Bundle, Cell, Typical, sealed
 from carso.version import __version__
 from lightning_fabric import Fabric
 from pydantic import ValidationError
@@ -44,6 +45,7 @@ from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.card import model_card
 from carso_training.robustness.published import PUBLISHED_ACCURACIES, PUBLISHED_FOR, RISK, measure
 from carso_training.robustness.table import WIDTH, as_rich
+from carso_training.robustness.typical import typical_of
 from carso_training.robustness.voting import pipeline_of
 
 log = logging.getLogger(__name__)
@@ -197,7 +199,8 @@ class Run:
             for table in as_rich(cells):
                 Console(width=WIDTH).print(table)
             (part / "MODEL_CARD.md").write_text(model_card(self.recipe, cells, risk=RISK))
-            self._seal(part, cells=cells)
+            typical = self.typical(Bundle.load(part))
+            self._seal(part, cells=cells, typical=typical)
             part.replace(target)
             durable.sync_folder(target.parent)
         self.fabric.barrier()
@@ -233,6 +236,24 @@ class Run:
         content = {"made_from": made_from, "cells": [cell.model_dump() for cell in cells]}
         durable.write(kept, json.dumps(content, indent=1))
         return cells
+
+    def typical(self, bundle: Bundle) -> Typical:
+        """Return which images are typical of a bundle; see `robustness.typical`. It is kept in the folder too."""
+        kept = self.folder.path / "typical.json"
+        made_from = {name: bundle.manifest.files[name] for name in ("first_pass.onnx", "vote.onnx")}
+        try:
+            found: Any = json.loads(kept.read_bytes())
+            if found["made_from"] == made_from:
+                return Typical.model_validate(found["typical"])
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, KeyError):  # pydantic's error is a ValueError
+            log.warning("%s is damaged: measuring again", kept)
+        typical = typical_of(
+            bundle, validation=self.validation, test=self.test, seed=self.recipe.seed, device=self.fabric.device
+        )
+        durable.write(kept, json.dumps({"made_from": made_from, "typical": typical.model_dump()}, indent=1))
+        return typical
 
     def _trained(self) -> Trained:
         undefended, classifier, purifier = (
@@ -272,7 +293,7 @@ class Run:
             ]
         return torch.cat(versions)
 
-    def _seal(self, folder: Path, *, cells: list[Cell]) -> None:
+    def _seal(self, folder: Path, *, cells: list[Cell], typical: Typical | None = None) -> None:
         sealed(
             folder,
             {
@@ -286,6 +307,7 @@ class Run:
                 "samples": self.recipe.samples,
                 "recipe": self.recipe.model_dump(mode="json"),
                 "table": [cell.model_dump() for cell in cells],
+                "typical": typical and typical.model_dump(),
             },
         )
 

@@ -68,7 +68,16 @@ class Outcome:
     votes: int  # cast
     tally: list[int]  # votes of each class
     ending: Ending
+    risk_reached: float  # in [0, 1]: the bound that this tally gives on the chance that the full count differs
     seed: int  # of the latents
+
+
+@dataclass(frozen=True, slots=True)
+class Typicality:
+    """How one image compares with what the purifier knows; ``carso.inference.typical`` defines the figures."""
+
+    excess: float
+    contrast: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +97,7 @@ class Result:
     probabilities: np.ndarray  # [n, classes] float32: the first pass
     outcomes: tuple[Outcome, ...]  # one per image; none on the fast path
     times: Times
+    typicalities: tuple[Typicality, ...] | None = None  # one per image; None: not asked for, or an image had no vote
 
 
 @dataclass(eq=False, slots=True)

@@ -5,23 +5,33 @@
 Waiting first passes go first. Then one round casts votes for the open elections in turn, and so on. An election leaves
 as soon as its count may stop, and a new one joins at the next round. The service's engine thread and the offline
 evaluation run this same code.
+
+Where a deadline is near, a round casts only a part of each ballot, so that more elections have votes by then. A part is
+counted, but the rules are checked at the end of a ballot only: an answer to a seed does not depend on the parts.
 """
 
 from __future__ import annotations
 
+import math
 import secrets
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import TypedDict, get_args
 
 import numpy as np
 
 from carso.choices import MAX_SEED, PathName
-from carso.inference.jobs import Ending, Job, Outcome, Result, Spared, Step, Ticket, Times, VotePlan
+from carso.inference.jobs import Ending, Job, Outcome, Result, Spared, Step, Ticket, Times, Typicality, VotePlan
 from carso.inference.latents import Latents, Stream, stream
 from carso.inference.sessions import Sessions
-from carso.inference.vote import Rule, StoppingRule
+from carso.inference.typical import typicalities
+from carso.inference.vote import SMALLEST_BALLOT, Rule, StoppingRule
+
+# A deadline is near if it comes before this many times what a ballot of each open election takes at the measured pace.
+NEAR = 2.0
+FADE = 0.9  # of what is remembered of the pace, per round
 
 
 @dataclass(eq=False, slots=True)
@@ -34,15 +44,34 @@ class _Progress:
     first_pass_done: float
     open: int  # elections still to end
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by image
+    typicalities: dict[int, Typicality] = field(default_factory=dict)  # by image
+
+    @property
+    def deadline(self) -> float:
+        """When its open elections end; infinity: never."""
+        deadline = self.ticket.job.deadline
+        return math.inf if deadline is None else deadline
 
     def result(self, *, finished: float) -> Result | None:
         """The result; None if an election of the job was cancelled."""
         if len(self.outcomes) < len(self.probabilities):
             return None
-        outcomes = tuple(outcome for _, outcome in sorted(self.outcomes.items()))
+        images = range(len(self.outcomes))
         return Result(
-            self.probabilities, outcomes, Times(self.ticket.submitted, self.started, self.first_pass_done, finished)
+            self.probabilities,
+            tuple(self.outcomes[image] for image in images),
+            Times(self.ticket.submitted, self.started, self.first_pass_done, finished),
+            tuple(self.typicalities[image] for image in images) if len(self.typicalities) == len(images) else None,
         )
+
+
+class _Count(TypedDict):
+    """What the rules are told; see StoppingRule."""
+
+    leader: int
+    runner_up: int
+    cast: int
+    expected: bool
 
 
 @dataclass(eq=False, slots=True)
@@ -60,38 +89,50 @@ class _Election:
     leader: int = 0  # the two largest entries of the tally
     runner_up: int = 0
     cast: int = 0
+    ballot: int = field(init=False)  # votes of the current ballot that are not cast yet
+
+    def __post_init__(self) -> None:
+        self.ballot = self._next_ballot()
 
     @property
     def left(self) -> int:
         """Votes that were asked for and not cast."""
         return self.rule.samples - self.cast
 
-    def next_ballot(self) -> int:
-        """How many votes to cast in the next round."""
-        return self.rule.next_ballot(
-            leader=self.leader,
-            runner_up=self.runner_up,
-            cast=self.cast,
-            expected=self.tally[self.expected] == self.leader,
-        )
-
-    def count(self, ballot: list[int], *, cast: int) -> Rule | None:
-        """Add the votes of one ballot, by class; return the rule that ends the count, if one does."""
-        self.tally = [votes + more for votes, more in zip(self.tally, ballot, strict=True)]
+    def count(self, votes: list[int], *, cast: int) -> Rule | None:
+        """Add the votes of a ballot, or of a part of it, by class; return the rule that ends the count, if one does."""
+        self.tally = [before + more for before, more in zip(self.tally, votes, strict=True)]
         self.cast += cast
+        self.ballot -= cast
         *_, self.runner_up, self.leader = sorted(self.tally)
-        return self.rule.ended_by(
-            leader=self.leader,
-            runner_up=self.runner_up,
-            cast=self.cast,
-            expected=self.tally[self.expected] == self.leader,
-        )
+        if self.ballot:
+            return None
+        ended_by = self.rule.ended_by(**self._count())
+        if not ended_by:
+            self.ballot = self._next_ballot()
+        return ended_by
 
     def end(self, ending: Ending) -> None:
         """Note the outcome."""
         self.progress.outcomes[self.image] = Outcome(
-            label=self.tally.index(self.leader), votes=self.cast, tally=self.tally, ending=ending, seed=self.seed
+            label=self.tally.index(self.leader),
+            votes=self.cast,
+            tally=self.tally,
+            ending=ending,
+            risk_reached=self.rule.risk_reached(**self._count()),
+            seed=self.seed,
         )
+
+    def _next_ballot(self) -> int:
+        return self.rule.next_ballot(**self._count())
+
+    def _count(self) -> _Count:
+        return {
+            "leader": self.leader,
+            "runner_up": self.runner_up,
+            "cast": self.cast,
+            "expected": self.tally[self.expected] == self.leader,
+        }
 
 
 _Left = tuple[_Election, Spared]  # an election that is over, and why the rest of its votes was spared
@@ -107,20 +148,30 @@ class Pipeline:
         latent: int,
         classes: int,
         round_rows: int,
+        eps: float | None = None,
+        typical_on: Collection[PathName] = frozenset(("robust",)),
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`round_rows`: the most votes of one round, or one ballot if that is larger; also the most images of one first
-        pass. `clock` tells the time that deadlines are compared with, in seconds.
+        pass. `eps`: that of ``carso.inference.typical``, whose figures jobs get that take a path in `typical_on`; None:
+        no job does. Each costs one purified row for an image. `clock` tells the time that deadlines are compared with,
+        in seconds.
         """
         self.sessions = sessions
         self.latent = latent
         self.classes = classes
         self.round_rows = round_rows
+        self._eps: dict[PathName, float | None] = {
+            path: eps if path in typical_on else None for path in get_args(PathName)
+        }
         self._clock = clock
         self._latents = Latents()
         self._waiting: dict[PathName, deque[Ticket]] = {"fast": deque(), "robust": deque()}  # for their first pass
         self._open: deque[_Election] = deque()
         self._voting: set[_Progress] = set()  # jobs with open elections
+        self._called = 0  # votes of the current ballots of all open elections that are not cast yet
+        self._recent_rows = 0.0  # both fade
+        self._recent_seconds = 0.0
 
     @property
     def busy(self) -> bool:
@@ -157,13 +208,19 @@ class Pipeline:
         )
 
     def round(self) -> Step:
-        """Cast one round of votes for the open elections in turn, as many as fit; those left open go to the back."""
+        """Cast one round of votes for the open elections in turn, as many as fit; those left open go to the back.
+
+        If a deadline has passed, no vote is cast, so that the answers which are due leave at once.
+        """
         began = self._clock()
         left = self._dismiss(began)
-        elections, sizes = self._call_round()
+        due = any(reason == "deadline" for _, reason in left)
+        elections, sizes = ([], []) if due else self._call_round(began)
         rows = sum(sizes)
         if elections:
             left += self._vote(elections, sizes)
+            self._recent_rows = FADE * self._recent_rows + rows
+            self._recent_seconds = FADE * self._recent_seconds + self._clock() - began
         spared: Counter[Spared] = Counter()
         for election, reason in left:
             spared[reason] += election.left
@@ -181,15 +238,18 @@ class Pipeline:
         """Run the elections of `images` [n, *shape] to their end and return one outcome per image: for offline use of
         an idle pipeline.
         """
-        ticket = Ticket(Job(images, plan))
-        self.admit([ticket])
-        results: dict[Ticket, Result | None] = {}
-        while self.busy:
-            results.update(self.first_passes().finished)
-            results.update(self.round().finished)
-        result = results[ticket]
-        assert result is not None  # noqa: S101  nobody cancelled it
+        (result,) = self.run([Job(images, plan)])
         return result.outcomes
+
+    def run(self, jobs: Iterable[Job]) -> list[Result]:
+        """Run `jobs` to their end and return their results, in order: for offline use of an idle pipeline."""
+        tickets = [Ticket(job) for job in jobs]
+        self.admit(tickets)
+        results: dict[Ticket, Result] = {}
+        while self.busy:
+            for step in (self.first_passes(), self.round()):
+                results |= {ticket: result for ticket, result in step.finished if result is not None}
+        return [results[ticket] for ticket in tickets]
 
     def _take_batch(self) -> tuple[list[Ticket], list[Ticket]]:
         """Take the next batch of first passes off the queues; and the cancelled jobs that stood before its end."""
@@ -218,6 +278,7 @@ class Pipeline:
         probabilities = np.concatenate([part.probabilities for part in parts])
         codes = np.concatenate([part.codes for part in parts])
         labels = probabilities.argmax(axis=1).tolist()
+        figures = self._typical_of_fast(batch, codes)
         done = self._clock()
 
         finished: list[tuple[Ticket, Result]] = []
@@ -227,7 +288,7 @@ class Pipeline:
             offset = own.stop
             if ticket.job.plan is None:
                 times = Times(ticket.submitted, started, done, done)
-                finished.append((ticket, Result(probabilities[own], (), times)))
+                finished.append((ticket, Result(probabilities[own], (), times, figures and figures[own])))
             else:
                 progress = _Progress(ticket, probabilities[own], started, done, open=len(ticket.job.images))
                 self._open_elections(progress, ticket.job.plan, codes[own], labels[own])
@@ -239,41 +300,99 @@ class Pipeline:
         for image, (code, label) in enumerate(zip(codes, expected, strict=True)):
             seed = secrets.randbelow(MAX_SEED + 1) if plan.seed is None else plan.seed
             tally = [0] * self.classes
-            self._open.append(_Election(progress, image, rule, seed, code, label, tally, stream(seed)))
+            election = _Election(progress, image, rule, seed, code, label, tally, stream(seed))
+            self._called += election.ballot
+            self._open.append(election)
 
-    def _call_round(self) -> tuple[list[_Election], list[int]]:
-        """Take the elections of the next round off the queue; return them with the size of the ballot of each."""
+    def _typical_of_fast(self, batch: Sequence[Ticket], codes: np.ndarray) -> tuple[Typicality, ...] | None:
+        """The figures of the images on the fast path, which are the first of a batch; None: nobody asked."""
+        eps = self._eps["fast"]
+        fast = [ticket.job.images for ticket in batch if ticket.job.plan is None]
+        if eps is None or not fast:
+            return None
+        images = np.concatenate(fast)
+        found: list[Typicality] = []
+        for start in range(0, len(images), self.round_rows):
+            part = codes[: len(images)][start : start + self.round_rows]
+            latents = np.zeros((len(part), self.latent), np.float32)
+            purified = self.sessions.purify(part, np.arange(len(part)), latents)
+            found += typicalities(images[start : start + self.round_rows], purified, eps=eps)
+        return tuple(found)
+
+    def _call_round(self, now: float) -> tuple[list[_Election], list[int]]:
+        """Take the elections of the next round off the queue; return them with the votes that each casts.
+
+        Each casts its ballot. If a deadline is near, each casts a part of it that leaves room for the others, and those
+        that have a deadline and no vote yet go first, the earliest deadline before the others.
+        """
+        near = self._near(now)
+        share = self.round_rows
+        if near:
+            self._open = deque(sorted(self._open, key=lambda e: math.inf if e.cast else e.progress.deadline))
+            share = max(SMALLEST_BALLOT, self.round_rows // len(self._open))
         elections: list[_Election] = []
         sizes: list[int] = []
         room = self.round_rows
         while self._open:
-            size = self._open[0].next_ballot()
-            if size > room and elections:
+            size = self._open[0].ballot
+            if near:
+                size = min(size, share, room)
+            if (size > room and elections) or not size:
                 break
             elections.append(self._open.popleft())
             sizes.append(size)
             room -= size
         return elections, sizes
 
+    def _near(self, now: float) -> bool:
+        """Whether a deadline comes before every open election has had its ballot, or might."""
+        deadlines = (progress.deadline for progress in self._voting)
+        nearest = min((deadline for deadline in deadlines if deadline > now), default=math.inf)
+        if nearest == math.inf:
+            return False
+        if not self._recent_rows:  # no pace is known yet
+            return True
+        return nearest - now < NEAR * self._called * self._recent_seconds / self._recent_rows
+
     def _vote(self, elections: Sequence[_Election], sizes: Sequence[int]) -> list[_Left]:
-        """Cast and count one ballot of each election; return those that it ended."""
-        latents = np.empty((sum(sizes), self.latent), np.float32)
+        """Cast and count `sizes` votes of each election; return those that this ended."""
+        code_index = np.repeat(np.arange(len(elections)), sizes)
+        votes = self._cast(elections, sizes, code_index)
+        by_class = np.bincount(code_index * self.classes + votes, minlength=len(elections) * self.classes)
+
+        ended: list[_Left] = []
+        for election, found, size in zip(elections, by_class.reshape(-1, self.classes).tolist(), sizes, strict=True):
+            self._called -= election.ballot
+            if rule := election.count(found, cast=size):
+                election.end(rule)
+                ended.append((election, "early_stop"))
+            else:
+                self._called += election.ballot
+                self._open.append(election)
+        return ended
+
+    def _cast(self, elections: Sequence[_Election], sizes: Sequence[int], code_index: np.ndarray) -> np.ndarray:
+        """Cast `sizes` votes of each election, and note the figures of images that have no vote yet, if they are asked
+        for. Return the class of each vote, in the order of `code_index`.
+        """
+        eps = self._eps["robust"]
+        new = [] if eps is None else [index for index, election in enumerate(elections) if not election.cast]
+        latents = np.zeros((len(code_index) + len(new), self.latent), np.float32)  # 0 for the purified images
         start = 0
         for election, size in zip(elections, sizes, strict=True):
             election.latents = self._latents.draw(election.latents, out=latents[start : start + size])
             start += size
-        code_index = np.repeat(np.arange(len(elections)), sizes)
-        votes = self.sessions.vote(np.stack([election.code for election in elections]), code_index, latents)
-        by_class = np.bincount(code_index * self.classes + votes, minlength=len(elections) * self.classes)
-
-        ended: list[_Left] = []
-        for election, ballot, size in zip(elections, by_class.reshape(-1, self.classes).tolist(), sizes, strict=True):
-            if rule := election.count(ballot, cast=size):
-                election.end(rule)
-                ended.append((election, "early_stop"))
-            else:
-                self._open.append(election)
-        return ended
+        codes = np.stack([election.code for election in elections])
+        if eps is None or not new:
+            return self.sessions.vote(codes, code_index, latents)
+        votes, purified = self.sessions.vote_and_purify(
+            codes, np.concatenate([code_index, new]), latents, purified=len(new)
+        )
+        judged = [elections[index] for index in new]
+        images = np.stack([election.progress.ticket.job.images[election.image] for election in judged])
+        for election, figures in zip(judged, typicalities(images, purified, eps=eps), strict=True):
+            election.progress.typicalities[election.image] = figures
+        return votes
 
     def _dismiss(self, now: float) -> list[_Left]:
         """Take the elections of cancelled jobs, and of those past their deadline, out of the whole queue."""
@@ -292,6 +411,7 @@ class Pipeline:
             if reason is None:
                 staying.append(election)
                 continue
+            self._called -= election.ballot
             if reason == "deadline":
                 election.end("deadline")
             left.append((election, reason))

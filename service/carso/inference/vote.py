@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import lgamma, log
+from math import exp, lgamma, log
 from typing import Literal
 
 from carso.choices import MAX_RISK, MIN_RISK
@@ -96,8 +96,7 @@ class StoppingRule:
             raise ValueError(f"no election with {self.samples} votes and {self.classes} classes")
         if self.risk and not MIN_RISK <= self.risk <= MAX_RISK:
             raise ValueError(f"risk {self.risk} is neither 0 nor in [{MIN_RISK}, {MAX_RISK}]")
-        parts = ((1 - EXPECTED) / (self.classes - 1), EXPECTED)
-        leads = (_leads(self.risk * parts[0]), _leads(self.risk * parts[1])) if self.risk else None
+        leads = (_leads(self.risk * self._part(False)), _leads(self.risk * self._part(True))) if self.risk else None
         object.__setattr__(self, "_leads", leads)
 
     def ended_by(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> Rule | None:
@@ -107,6 +106,21 @@ class StoppingRule:
         if self._leads is not None and leader >= self._leads[expected][runner_up]:
             return "risk-limited"
         return None
+
+    def risk_reached(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> float:
+        """Return the bound that a count gives on the chance that the full count would elect another class: in [0, 1].
+
+        It is the smallest risk at which the rule would end this count, and 0 where the exact rule does. It does not
+        depend on the risk asked for, and holds whenever the count is looked at: for every r, the probability that the
+        count ever shows a risk reached of at most r and a class that the full count would not elect is at most r.
+        """
+        if cast == self.samples or leader - runner_up > self.samples - cast:
+            return 0.0
+        return min(1.0, exp(_log_ratio(leader, runner_up)) / self._part(expected))
+
+    def _part(self, expected: bool) -> float:
+        """The part of the risk that a leader has."""
+        return EXPECTED if expected else (1 - EXPECTED) / (self.classes - 1)
 
     def needed(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> int:
         """Return the fewest further votes that end an open count if all of them go to the leader."""
@@ -122,7 +136,7 @@ class StoppingRule:
         That is the number needed. An election that has stayed open casts up to twice as many, or half of those cast
         so far, so that a contested one does not take a round for every few votes. The size is a function of the tally
         alone. So the points at which the rules are checked, and with them the answer to a seed, are the same however
-        elections are batched together.
+        elections are batched together, and in however many parts a ballot is cast.
         """
         needed = self.needed(leader=leader, runner_up=runner_up, cast=cast, expected=expected)
         size = max(needed, SMALLEST_BALLOT, min(cast // 2, 2 * needed))
