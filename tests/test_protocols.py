@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -16,7 +18,8 @@ from carso_training.attacks.apgd import apgd_ce
 from carso_training.datasets import dataset
 from carso_training.datasets.examples import Examples
 from carso_training.errors import RunError
-from carso_training.robustness import figures, report, trials
+from carso_training.networks.cost import costs
+from carso_training.robustness import controls, figures, report, trials
 from carso_training.robustness.campaign import Campaign, Trial
 from carso_training.robustness.effort import EFFORTS, Effort
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of, subset
@@ -32,7 +35,9 @@ from tests.bundles import SMALL, random_images, shared_bundle
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "models" / "mnist-fcn"
-TINY = Effort(steps=3, targets=1, restarts=1, pgd_steps=3, queries=5, latents=2, latents_of_square=2, draws=2)
+TINY = Effort(
+    name="tiny", steps=3, targets=1, restarts=1, pgd_steps=3, queries=5, latents=2, latents_of_square=2, draws=2
+)
 CPU = torch.device("cpu")
 
 
@@ -67,7 +72,7 @@ def results(out: Path) -> dict[str, bytes]:
     found = {}
     for path in sorted(out.rglob("*.npz")):
         with np.load(path) as arrays:
-            found[str(path.relative_to(out))] = {name: arrays[name].tolist() for name in ("rows", "survived", "broken")}
+            found[str(path.relative_to(out))] = {name: arrays[name].tolist() for name in ("rows", "survived", "images")}
     return found
 
 
@@ -80,20 +85,21 @@ def test_both_protocols_write_a_figure_per_strength_with_all_that_made_it(bundle
     assert found == figures.in_order(seen)
     assert sanity is None
     assert [f.file_name for f in found] == [
-        "strong-classifier-linf-0.10.json",
         "adaptive-carso-linf-0.10.json",
         "adaptive-carso-linf-0.30.json",
+        "strong-classifier-linf-0.10.json",
     ]
-    adaptive = found[1]
+    adaptive = found[0]
     assert adaptive.cell.kind == "adaptive"
     assert adaptive.cell.images == 12
     assert adaptive.cell.threat.settings["latents"] == TINY.latents
     assert adaptive.cell.threat.settings["draws"] == TINY.draws
-    assert adaptive.measured.checksum == bundle.checksum
+    assert adaptive.measured.networks == figures.networks(bundle)
+    assert adaptive.measured.multiply_adds["vote"] > adaptive.measured.multiply_adds["classifier"]
     assert adaptive.measured.subset == "12 drawn at random, seed 0"
     assert {"torch", "onnxruntime", "python", "carso"} <= set(adaptive.measured.versions)
     assert adaptive.seed == 0
-    assert found[0].cell.kind == "white-box"
+    assert found[2].cell.kind == "white-box"
     left = [adaptive.cell.images]
     for tried in adaptive.trials:  # each attack is made on what the ones before it left
         assert tried.attacked == left[-1]
@@ -113,6 +119,76 @@ def test_the_adaptive_protocol_has_every_kind_of_attack(bundle, data, tmp_path):
     }
     assert EFFORTS["thorough"].latents >= 20
     assert EFFORTS["thorough"].targets == 9
+
+
+def test_the_controls_are_measured_as_carso_is(bundle, data, tmp_path):
+    found = []
+    arguments = {"validation": data, "others": [bundle], "report": found.append}
+    evaluation(bundle, data, tmp_path).controls([0.1], **arguments)
+    by_defence = {figure.cell.defence: figure for figure in found}
+    assert list(by_defence) == [
+        *(f"votes-{votes}" for votes in controls.VOTES),
+        *("one-zero-latent", "noised-votes", "smoothing", "random-classifier"),
+    ]
+    assert figures.read(tmp_path)[0] == figures.in_order(found)
+    assert {figure.cell.kind for figure in found} == {"adaptive"}
+    assert {figure.cell.images for figure in found} == {12}
+    smoothing, noised = (by_defence[name].cell.threat.settings for name in ("smoothing", "noised-votes"))
+    assert noised["samples"] == bundle.manifest.samples
+    costs = by_defence["smoothing"].measured.multiply_adds
+    assert smoothing["samples"] * costs["classifier"] == pytest.approx(noised["samples"] * costs["vote"], rel=0.01)
+    assert smoothing["noise"] in controls.NOISES
+    names = {tried.attack for tried in by_defence["noised-votes"].trials}
+    assert names >= {"apgd-ce-logits", "apgd-t-logits-1", "square-apgd-logits", "pgd-softmax"}
+    before = results(tmp_path)
+    evaluation(bundle, data, tmp_path).controls([0.1], **arguments)
+    assert results(tmp_path) == before  # nothing is made twice
+
+
+def test_judging_again_counts_every_image_that_an_attack_made(bundle, data, tmp_path):
+    measured = evaluation(bundle, data, tmp_path)
+    measured.controls([0.3], validation=data)
+    found = {figure.cell.defence: figure for figure in figures.read(tmp_path)[0]}
+    made = sum(len(np.load(path)["rows"]) for path in (tmp_path / "work" / "adaptive-0.30").glob("*.npz"))
+    (tried,) = found["votes-10"].trials
+    assert tried.settings == {"images": made}
+    assert found["votes-1"].cell.correct <= found["votes-1500"].cell.correct
+
+
+def test_the_vote_over_noise_ends_early_as_the_service_does_and_without_noise_says_what_the_fast_path_says(
+    bundle, data
+):
+    sessions, rows = pipeline_of(bundle).sessions, torch.arange(40)
+    said = torch.from_numpy(sessions.first_pass(data.pixels().numpy()).probabilities.argmax(axis=1))
+
+    def judge(noise: float, *, risk: float, seed: int = 0) -> controls.NoisedVote:
+        counting = Counting(samples=400, draws=1, risk=risk)
+        return controls.NoisedVote(sessions, noise=noise, classes=10, counting=counting, seed=seed)
+
+    assert judge(0.0, risk=1e-6)(data.pixels(), said, rows, 0).all()
+    early, whole = (judge(0.3, risk=risk)(data.pixels(), said, rows, 0) for risk in (1e-6, 0.0))
+    assert torch.equal(early, whole)
+    assert torch.equal(judge(0.3, risk=1e-6)(data.pixels(), said, rows, 0), early)
+    part = torch.tensor([3, 17, 30])
+    assert torch.equal(judge(0.3, risk=1e-6)(data.pixels()[part], said[part], part, 0), early[part])
+
+
+def test_fixed_latents_are_judged_on_the_graphs_as_they_are_attacked(bundle, data):
+    system = system_of(bundle)
+    latents = torch.randn(3, system.latent, generator=torch.Generator().manual_seed(0))
+    judge = controls.FixedVote(pipeline_of(bundle).sessions, latents.numpy(), classes=10)
+    _, scores = system(data.pixels(), latents.repeat_interleave(40, dim=0))
+    elected = torch.nn.functional.one_hot(scores.argmax(dim=2), 10).sum(dim=0).argmax(dim=1)
+    assert judge(data.pixels(), elected, torch.arange(40), 0).float().mean() >= 0.95  # but for rounding
+
+
+def test_multiply_adds_are_counted_by_hand():
+    system = system_of(Bundle.load(SHIPPED))
+    classifier = 784 * 200 + 200 * 80 + 80 * 10
+    found = costs(system, shape=(1, 28, 28))
+    assert found["classifier"] == classifier
+    assert found["image"] == classifier + 290 * 174 + 174 * 58 + 58 * 1244
+    assert found["vote"] == 36 * 1244 + 1244 * 1014 + 1014 * 784 + classifier
 
 
 def test_a_stopped_measurement_resumes_and_ends_as_one_that_was_not_stopped(bundle, data, tmp_path):
@@ -185,7 +261,8 @@ def test_the_images_that_broke_it_are_kept_as_evidence(data, tmp_path):
 
     campaign(tmp_path, data, judge=judge).run([moving(0.05)], title="", quiet=True)
     (path,) = [path for path in tmp_path.glob("01-*.npz") if 5 in np.load(path)["rows"]]
-    (kept,) = np.load(path)["broken"]
+    with np.load(path) as arrays:
+        (kept,) = arrays["images"][~arrays["survived"]]
     moved = np.abs(kept - data.pixels(torch.tensor([5]))[0].numpy())
     assert moved.max() == pytest.approx(0.05, abs=1e-6)
 
@@ -282,11 +359,12 @@ def test_the_sanity_checks_fail_on_the_shipped_bundle_only_where_a_small_budget_
 
 
 def figure(*, eps: float, correct: int, defence: str = "carso", protocol: str = "adaptive") -> Figure:
-    threat = Threat(attack=protocol, norm="linf", eps=eps, sees="system", settings={"steps": 7})
+    sees = "classifier" if protocol == "strong" else "system"
+    threat = Threat(attack=protocol, norm="linf", eps=eps, sees=sees, settings={"steps": 7, "noise": 0.1})
     return Figure(
         protocol=protocol,
         measured=figures.Measured(
-            bundle="b", checksum="0" * 64, dataset="mnist", split="test", subset="all 200", device="cpu", versions={}
+            bundle="b", networks="0" * 64, dataset="mnist", split="test", subset="all 200", device="cpu", versions={}
         ),
         cell=Cell(defence=defence, threat=threat, correct=correct, images=200, published=None),
         clean=198,
@@ -306,13 +384,67 @@ def test_a_page_is_written_from_its_figures_and_says_when_it_is_not(tmp_path, mo
     text = page.read_text()
     assert text.startswith("before\n<!-- measured: mine -->\n")
     assert text.endswith("<!-- end -->\nafter\n")
-    assert "| eps 0.30 | 50.0 [43.1, 56.9] |" in text
-    assert "| clean | 99.0 [96.4, 99.7] |" in text
+    assert "| clean | eps 0.15 | eps 0.30 |" in text
+    assert "| 99.0 [96.4, 99.7] | 75.0 [68.6, 80.5] | 50.0 [43.1, 56.9] |" in text
     assert not report.update(page)
     assert run(monkeypatch, "report", str(page), "--check") == 0
     figures.write(folder, figure(eps=0.3, correct=99))
     assert run(monkeypatch, "report", str(page), "--check") == 1
     assert "carso-train report" in capsys.readouterr().err
+
+
+def test_systems_stand_side_by_side_with_what_their_purifiers_add_or_take(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("<!-- measured: one two -->\n<!-- end -->\n")
+    for name, whole, alone in (("one", 100, 120), ("two", 150, 120)):
+        (tmp_path / "page" / name).mkdir(parents=True)
+        for protocol, defence, correct in (("adaptive", "carso", whole), ("strong", "classifier", alone)):
+            figures.write(
+                tmp_path / "page" / name, figure(eps=0.3, correct=correct, defence=defence, protocol=protocol)
+            )
+    report.update(page)
+    lines = [line for line in page.read_text().splitlines() if line.startswith(("| one", "| two"))]
+    assert "| 0.30 | 50.0 [43.1, 56.9] | 60.0 [53.1, 66.5] | -10.0 points | 200 |" in lines[0]
+    assert "| +15.0 points |" in lines[1]
+
+
+def test_figures_are_recorded_in_the_bundle_with_the_adaptive_ones_first(tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "mine"
+    shutil.copytree(SHIPPED, folder)
+    before = Bundle.load(folder)
+    mine = figures.networks(before)
+
+    def of(figure: Figure, **changes: object) -> Figure:
+        return figure.model_copy(update={"measured": figure.measured.model_copy(update={"networks": mine} | changes)})
+
+    out = tmp_path / "figures"
+    out.mkdir()
+    for each in (
+        figure(eps=0.3, correct=160, defence="classifier", protocol="strong"),
+        figure(eps=0.15, correct=180),
+        figure(eps=0.3, correct=120),
+        figure(eps=0.3, correct=1, defence="smoothing", protocol="controls"),
+    ):
+        figures.write(out, of(each))
+    for _ in range(2):  # a second time, nothing is there twice
+        assert run(monkeypatch, "record", str(folder), str(out)) == 0
+        after = Bundle.load(folder)
+        measured = [(cell.threat.attack, cell.threat.eps, cell.correct) for cell in after.manifest.table[:3]]
+        assert measured == [("adaptive", 0.15, 180), ("adaptive", 0.3, 120), ("strong", 0.3, 160)]
+        kept = [cell for cell in before.manifest.table if cell.threat.attack not in ("adaptive", "strong", "blackbox")]
+        assert list(after.manifest.table[3:]) == kept
+    assert figures.networks(after) == mine  # so that the figures go on being this bundle's
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "mine"]
+    card = (folder / "MODEL_CARD.md").read_text()
+    assert card.index("eps 0.15") < card.index("fgsm-0.15")
+    assert re.search(r"\| eps 0\.30 \| 60\.00 \[[\d., ]+\] \| 80\.00 \[[\d., ]+\] \|", card)
+    figures.write(out, of(figure(eps=0.3, correct=120), split="validation"))
+    assert run(monkeypatch, "record", str(folder), str(out)) == 1
+    figures.write(out, figure(eps=0.3, correct=120))
+    assert run(monkeypatch, "record", str(folder), str(out)) == 1
+    said = capsys.readouterr().err
+    assert "is of validation images" in said
+    assert "was measured on other networks" in said
 
 
 def test_a_failed_check_stands_out_on_a_page():

@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +29,8 @@ from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.effort import EFFORTS, EffortName
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of
 from carso_training.robustness.figures import Figure
+from carso_training.robustness.figures import read as read_figures
+from carso_training.robustness.record import record as write_into_bundle
 from carso_training.robustness.report import update, updated
 from carso_training.robustness.samples import write_samples
 from carso_training.robustness.sanity import Checks
@@ -41,7 +44,9 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 SANITY_IMAGES = 200  # the checks make their attacks a dozen times over
-WantedProtocol = Literal["published", "strong", "adaptive", "full"]
+WantedProtocol = Literal["published", "strong", "adaptive", "sanity", "controls", "full"]
+STRONG_EPS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40)  # cheap: the classifier of the first pass is small
+ADAPTIVE_EPS = (0.15, 0.30)
 
 DataFolder = Annotated[
     Path | None,
@@ -133,8 +138,8 @@ def evaluate(
         WantedProtocol,
         typer.Option(
             help="published: the attacks of the published table, which see a classifier only (needs a recipe). strong: "
-            "the classifier alone, all attacks. adaptive: CARSO, by an attacker who knows all of it, with sanity "
-            "checks. full: all of these."
+            "the classifier alone, all attacks. adaptive: CARSO, by an attacker who knows all of it. sanity: checks "
+            "that the attacks work. controls: simpler defences, and other numbers of votes. full: all of these."
         ),
     ] = "published",
     split: Annotated[
@@ -143,9 +148,16 @@ def evaluate(
     ] = None,
     images: Annotated[int, typer.Option(min=1, help="How many of the split's images, drawn at random.")] = 1000,
     eps: Annotated[
-        list[float] | None, typer.Option(min=0.001, max=1.0, help="Strengths. [default: 0.15 and 0.30]")
+        list[float] | None,
+        typer.Option(
+            min=0.001,
+            max=1.0,
+            help="Strengths; may be given several times. [default: 0.15 and 0.30; strong: 0.05, 0.10, ... 0.40]",
+        ),
     ] = None,
-    effort: Annotated[EffortName, typer.Option(help="quick: minutes on two cores for a hundred images.")] = "thorough",
+    effort: Annotated[
+        EffortName, typer.Option(help="quick: a tenth of the work, for a look. thorough: for a result.")
+    ] = "thorough",
     steps: Annotated[int | None, typer.Option(min=1, help="Steps of APGD, in place of the effort's.")] = None,
     latents: Annotated[
         int | None, typer.Option(min=1, help="Latents per step of an attack, in place of the effort's.")
@@ -153,6 +165,17 @@ def evaluate(
     surrogate: Annotated[
         Path | None, typer.Option(help="Another bundle: images made against it are tried on this one too.")
     ] = None,
+    control: Annotated[
+        list[Path] | None,
+        typer.Option(help="Another bundle, whose classifier is one of the controls; may be given several times."),
+    ] = None,
+    threads: Annotated[
+        int,
+        typer.Option(
+            min=1,
+            help="On the CPU. One is fastest beside other work; to use more cores, run a process for each eps.",
+        ),
+    ] = 1,
     out: Annotated[Path | None, typer.Option(help="Folder of the figures. [default: runs/robustness/<bundle>]")] = None,
     quick: Quick = False,
     seed: Seed = None,
@@ -182,17 +205,28 @@ def evaluate(
             for table in as_rich(opened.measure(system, bundle, split=split)):
                 Console(width=WIDTH).print(table)
     if protocol != "published":
+        torch.set_num_threads(threads)
         chosen_effort = EFFORTS[effort]
         budget = replace(chosen_effort, steps=steps or chosen_effort.steps, latents=latents or chosen_effort.latents)
+        if budget != chosen_effort:
+            budget = replace(budget, name="custom")
         evaluation = Evaluation(
             bundle,
             data=images_of(bundle, split, given=source),
             plan=Plan(split=split, images=images, seed=seed or 0, effort=budget),
             out=out or Path("runs") / "robustness" / bundle.manifest.name,
             device=_device(accelerator),
+            threads=threads,
         )
         try:
-            _measure(evaluation, protocol, eps=eps or [0.15, 0.30], surrogate=surrogate)
+            _measure(
+                evaluation,
+                protocol,
+                eps=eps,
+                surrogate=None if surrogate is None else Bundle.load(surrogate),
+                others=[Bundle.load(folder) for folder in control or ()],
+                source=source,
+            )
         except KeyboardInterrupt:
             _tell("stopped. Run the same command again to resume from the last finished batch")
             raise typer.Exit(INTERRUPTED) from None
@@ -246,6 +280,16 @@ def report(
 
 
 @app.command()
+def record(
+    bundle: Annotated[Path, typer.Argument(help="The bundle's folder.")],
+    measured: Annotated[Path, typer.Argument(help="The folder of figures that `carso-train evaluate` wrote.")],
+) -> None:
+    """Write measured figures into a bundle: its table and its model card. Its networks stay as they are."""
+    table = write_into_bundle(bundle, read_figures(measured)[0])
+    typer.echo(f"{bundle}: {len(table)} figures, those under adaptive attack first")
+
+
+@app.command()
 def samples(
     recipe: RecipeName,
     *,
@@ -272,7 +316,15 @@ def samples(
         typer.echo(path)
 
 
-def _measure(evaluation: Evaluation, protocol: WantedProtocol, *, eps: list[float], surrogate: Path | None) -> None:
+def _measure(
+    evaluation: Evaluation,
+    protocol: WantedProtocol,
+    *,
+    eps: Sequence[float] | None,
+    surrogate: Bundle | None,
+    others: Sequence[Bundle],
+    source: Path | None,
+) -> None:
     def show(figure: Figure) -> None:
         cell = figure.cell
         low, high = wilson(cell.correct, cell.images)
@@ -281,11 +333,20 @@ def _measure(evaluation: Evaluation, protocol: WantedProtocol, *, eps: list[floa
             f"{cell.accuracy:.1f} % [{low:.1f}, {high:.1f}], in {figure.seconds:.0f} s"
         )
 
+    strengths = eps or ADAPTIVE_EPS
     if protocol in ("strong", "full"):
-        evaluation.strong(eps, report=show)
+        evaluation.strong(eps or STRONG_EPS, report=show)
     if protocol in ("adaptive", "full"):
-        evaluation.adaptive(eps, surrogate=None if surrogate is None else Bundle.load(surrogate), report=show)
-        sanity = Checks(evaluation, images=min(SANITY_IMAGES, len(evaluation.rows)), eps=max(eps)).run()
+        evaluation.adaptive(strengths, surrogate=surrogate, report=show)
+    if protocol in ("controls", "full"):
+        validation = (
+            evaluation.data
+            if evaluation.plan.split == "validation"
+            else images_of(evaluation.bundle, "validation", given=source)
+        )
+        evaluation.controls(strengths, validation=validation, others=others, surrogate=surrogate, report=show)
+    if protocol in ("sanity", "full"):
+        sanity = Checks(evaluation, images=min(SANITY_IMAGES, len(evaluation.rows)), eps=max(strengths)).run()
         for check in sanity.checks:
             typer.echo(f"{'pass' if check.passed else 'FAIL'}: {check.name} ({check.evidence})")
     typer.echo(evaluation.out)

@@ -1,7 +1,7 @@
 """Many attacks on the same images, one after the other, each on those that withstood the ones before.
 
     <folder>/campaign.json                 what the folder's results belong to
-    <folder>/<number>-<attack>-<batch>.npz rows, which survived, and the images that broke the others
+    <folder>/<number>-<attack>-<batch>.npz rows, the attacked images of each, and which of them withstood
 
 Every batch of every attack is on disk as soon as it is judged, so a campaign that was stopped goes on where it was.
 """
@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 import zipfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,12 @@ class Outcome:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Batch:
+class Made:
+    """One batch of one attack."""
+
+    trial: int  # its number; 0 is no attack
+    rows: np.ndarray  # [B] int64, of the data set
+    images: np.ndarray  # [B, *shape] float32, attacked
     survived: np.ndarray  # [B] bool
     seconds: float
 
@@ -122,11 +127,16 @@ class Campaign:
                     clean = alive.clone()
         return Outcome(survived=alive, clean=clean, tried=tuple(tried), seconds=sum(each.seconds for each in tried))
 
-    def _batch(self, number: int, trial: Trial, index: int, places: Tensor) -> _Batch:
+    def _batch(self, number: int, trial: Trial, index: int, places: Tensor) -> Made:
         """Read the results of one batch, or make them."""
         path, rows = self.folder / f"{number:02}-{trial.name}-{index:03}.npz", self.rows[places]
         if path.exists():
-            return self._read(path, rows)
+            found = self._read(path)
+            if not np.array_equal(found.rows, rows.numpy()):
+                raise RunError(
+                    f"{path} is of other images than those that are left. Remove {self.folder} and start again."
+                )
+            return found
         began = time.perf_counter()
         images = self.data.pixels(rows).to(self.device)
         labels = self.data.labels[rows].to(self.device)
@@ -141,20 +151,30 @@ class Campaign:
                 file,
                 rows=rows.numpy(),
                 survived=survived.numpy(),
-                broken=candidates.cpu()[~survived].numpy(),
+                images=candidates.cpu().numpy(),
                 seconds=np.float64(seconds),
             )
-        return _Batch(survived=survived.numpy(), seconds=seconds)
+        return Made(
+            trial=number, rows=rows.numpy(), images=candidates.cpu().numpy(), survived=survived.numpy(), seconds=seconds
+        )
 
-    def _read(self, path: Path, rows: Tensor) -> _Batch:
+    def made(self) -> Iterator[Made]:
+        """Yield every batch that is on disk, the clean images first. Raises RunError if one is damaged."""
+        for path in sorted(self.folder.glob("*.npz")):
+            yield self._read(path)
+
+    def _read(self, path: Path) -> Made:
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                same, survived, seconds = arrays["rows"], arrays["survived"], float(arrays["seconds"])
+                return Made(
+                    trial=int(path.name.partition("-")[0]),
+                    rows=arrays["rows"],
+                    images=arrays["images"],
+                    survived=arrays["survived"],
+                    seconds=float(arrays["seconds"]),
+                )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise RunError(f"{path} is damaged ({e}). Remove it; the same command then makes it again.") from None
-        if not np.array_equal(same, rows.numpy()):
-            raise RunError(f"{path} is of other images than those that are left. Remove {self.folder} and start again.")
-        return _Batch(survived=survived, seconds=seconds)
 
     def _hold(self, trial: Trial, candidates: Tensor, images: Tensor) -> None:
         """See to it that no attack oversteps: its figure would be worth nothing."""

@@ -5,11 +5,12 @@ Tables are made from these files and never typed (`report.py`).
 
 from __future__ import annotations
 
+import hashlib
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from carso.bundle import Bundle, Cell
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from carso_training import durable
 from carso_training.errors import RunError
 
-Protocol = Literal["strong", "adaptive"]
+Protocol = Literal["adaptive", "strong", "controls", "blackbox"]
 Split = Literal["validation", "test"]
 Settings = dict[str, int | float | str]
 LIBRARIES = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -31,11 +32,13 @@ class Measured(_Strict):
     """Which system was measured, on which machine, with what."""
 
     bundle: str  # its name
-    checksum: str  # SHA-256 of its manifest
+    networks: str  # SHA-256 of its graphs and weights, which stays when the bundle's table is written
     dataset: str
     split: Split
     subset: str  # which images of the split
     device: str  # that the attacks were made on
+    # of one image: `classifier`, all of the first pass (`image`), and each vote (`vote`); empty: unknown
+    multiply_adds: dict[str, int] = {}
     versions: dict[str, str]
 
 
@@ -52,7 +55,7 @@ class Tried(_Strict):
 class Figure(_Strict):
     """The accuracy of a defence against a whole protocol: an image counts if it withstands every attack in it."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     protocol: Protocol
     measured: Measured
     cell: Cell
@@ -80,7 +83,7 @@ class Checked(_Strict):
 class Sanity(_Strict):
     """The sanity checks of one system."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     measured: Measured
     eps: float
     images: int
@@ -92,7 +95,16 @@ class Sanity(_Strict):
     file_name: str = "sanity.json"
 
 
-def measured(bundle: Bundle, *, split: Split, subset: str, device: str) -> Measured:
+def networks(bundle: Bundle) -> str:
+    """Return the SHA-256 of all that a bundle computes: its graphs and weights, without card, table and self-test."""
+    files = bundle.manifest.files
+    parts = [f"{name} {files[name]}" for name in sorted(files) if name.endswith((".onnx", ".safetensors"))]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def measured(
+    bundle: Bundle, *, split: Split, subset: str, device: str, multiply_adds: Mapping[str, int] | None = None
+) -> Measured:
     """Note what is measured, with the versions of the libraries that compute it."""
     installed = {"python": platform.python_version(), "carso": version("carso")}
     for name in LIBRARIES:
@@ -102,11 +114,12 @@ def measured(bundle: Bundle, *, split: Split, subset: str, device: str) -> Measu
             continue
     return Measured(
         bundle=bundle.manifest.name,
-        checksum=bundle.checksum,
+        networks=networks(bundle),
         dataset=bundle.manifest.dataset,
         split=split,
         subset=subset,
         device=device,
+        multiply_adds=dict(multiply_adds or {}),
         versions=installed,
     )
 
@@ -137,6 +150,6 @@ def read(folder: Path) -> tuple[list[Figure], Sanity | None]:
 
 
 def in_order(found: Sequence[Figure]) -> list[Figure]:
-    """Sort figures by protocol, defence and eps: the strong ones first."""
-    order = {"strong": 0, "adaptive": 1}
-    return sorted(found, key=lambda f: (order[f.protocol], f.cell.defence, f.cell.threat.eps))
+    """Sort figures by protocol, defence and eps: the adaptive ones first."""
+    order = get_args(Protocol)
+    return sorted(found, key=lambda f: (order.index(f.protocol), f.cell.defence, f.cell.threat.eps))

@@ -5,7 +5,8 @@ A page has its tables between two lines, which this keeps:
     <!-- measured: mnist-fcn -->
     <!-- end -->
 
-The name is that of a folder of figures; these folders lie in one that is named after the page, without its suffix.
+The name is that of a folder of figures; these folders lie in one that is named after the page, without its suffix. With
+several names, the systems stand side by side. The plots (`plots.py`) are written beside the folders.
 """
 
 from __future__ import annotations
@@ -20,10 +21,11 @@ from carso_training.robustness import figures
 from carso_training.robustness.figures import Figure, Measured, Sanity
 from carso_training.robustness.table import wilson
 
-PLACE = re.compile(r"(?P<head><!-- measured: (?P<name>[\w./-]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+PLACE = re.compile(r"(?P<head><!-- measured: (?P<names>[\w./ -]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 TITLES = {
     ("strong", "classifier"): "the classifier alone, strong attacks",
     ("adaptive", "carso"): "CARSO, adaptive attacks",
+    ("blackbox", "carso"): "CARSO, attacked through its HTTP API",
 }
 
 
@@ -33,7 +35,12 @@ def updated(path: Path) -> str:
     Raises RunError if there are none or one cannot be read, and OSError if the page cannot.
     """
     root = path.with_suffix("")
-    return PLACE.sub(lambda m: f"{m['head']}\n{as_markdown(root / m['name'])}\n\n{m['end']}", path.read_text())
+
+    def part(names: str) -> str:
+        folders = [root / name for name in names.split()]
+        return as_markdown(folders[0]) if len(folders) == 1 else side_by_side(folders)
+
+    return PLACE.sub(lambda m: f"{m['head']}\n{part(m['names'])}\n\n{m['end']}", path.read_text())
 
 
 def update(path: Path) -> bool:
@@ -47,28 +54,60 @@ def update(path: Path) -> bool:
 
 def as_markdown(folder: Path) -> str:
     """Return the tables of one folder of figures. Raises RunError if it holds none."""
-    found, sanity = figures.read(folder)
-    if not found and sanity is None:
-        raise RunError(f"{folder} holds no figures. Make them with: carso-train evaluate BUNDLE --out {folder}")
+    found, sanity = _read(folder)
     parts = []
+    main = [figure for figure in found if figure.protocol != "controls"]
+    controls = [figure for figure in found if figure.protocol == "controls"]
+    if main:
+        parts.append(accuracies(main))
+    if controls:
+        parts += ["**Controls**", accuracies([figure for figure in main if figure.protocol == "adaptive"] + controls)]
     if found:
-        parts += [accuracies(found), "**Which attack breaks what**", *(attacks(figure) for figure in found)]
+        parts += ["**Which attack breaks what**", *(attacks(figure) for figure in found)]
     if sanity:
         parts.append(checks(sanity))
     parts += dict.fromkeys(origin(each) for each in _origins(found, sanity))
     return "\n\n".join(parts)
 
 
+def side_by_side(folders: Sequence[Path]) -> str:
+    """Compare systems: the adaptive figure first, then the classifier alone, then what the purifier adds or takes.
+
+    Raises RunError if a folder holds no figures.
+    """
+    rows = []
+    for folder in folders:
+        found, _ = _read(folder)
+        by_place = {(f.protocol, f.cell.threat.eps): f for f in found if (f.protocol, f.cell.defence) in TITLES}
+        for eps in sorted({eps for _, eps in by_place}):
+            whole, alone = (by_place.get((protocol, eps)) for protocol in ("adaptive", "strong"))
+            if whole is not None or len(by_place) == 1:
+                rows.append([folder.name, f"{eps:.2f}", *_compared(whole, alone)])
+    heads = ["system", "eps", "CARSO, adaptive", "its classifier alone", "the purifier adds", "images", "effort"]
+    return _table(heads, rows)
+
+
+def _compared(whole: Figure | None, alone: Figure | None) -> list[str]:
+    first = whole or alone
+    assert first is not None
+    shown = ["-" if figure is None else _share(figure.cell.correct, figure.cell.images) for figure in (whole, alone)]
+    gained = "-"
+    if whole is not None and alone is not None:
+        gained = f"{whole.cell.accuracy - alone.cell.accuracy:+.1f} points"
+    return [*shown, gained, str(first.cell.images), str(first.cell.threat.settings.get("effort", "-"))]
+
+
 def accuracies(found: Sequence[Figure]) -> str:
-    """The accuracies of all figures: a row per eps, a column per defence."""
+    """The accuracies of figures: a row per defence, a column per eps."""
     kinds = list(dict.fromkeys((figure.protocol, figure.cell.defence) for figure in found))
     strengths = sorted({figure.cell.threat.eps for figure in found})
     by_place = {(figure.protocol, figure.cell.defence, figure.cell.threat.eps): figure for figure in found}
-    rows = [["clean", *(_clean(found, kind) for kind in kinds)]]
-    for eps in strengths:
-        shown = [by_place.get((*kind, eps)) for kind in kinds]
-        rows.append([f"eps {eps:.2f}", *("-" if f is None else _share(f.cell.correct, f.cell.images) for f in shown)])
-    heads = ["accuracy, %, with 95 % intervals", *(TITLES.get(kind, " ".join(kind)) for kind in kinds)]
+    rows = []
+    for kind in kinds:
+        shown = [by_place.get((*kind, eps)) for eps in strengths]
+        cells = ["-" if figure is None else _share(figure.cell.correct, figure.cell.images) for figure in shown]
+        rows.append([_title(*kind, found), _clean(found, kind), *cells])
+    heads = ["accuracy, %, with 95 % intervals", "clean", *(f"eps {eps:.2f}" for eps in strengths)]
     return _table(heads, rows)
 
 
@@ -81,7 +120,7 @@ def attacks(figure: Figure) -> str:
         settings = ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in tried.settings.items())
         left = 100 * (tried.attacked - tried.broken) / cell.images
         rows.append([tried.attack, settings or "-", str(tried.attacked), str(tried.broken), f"{left:.1f}"])
-    title = f"{TITLES.get((figure.protocol, cell.defence), cell.defence)}, eps {cell.threat.eps:.2f}"
+    title = f"{_title(figure.protocol, cell.defence, [figure])}, eps {cell.threat.eps:.2f}"
     return (
         f"<details><summary>{title}: {_share(cell.correct, cell.images)} % in {_duration(figure.seconds)}</summary>\n\n"
         f"{_table(heads, rows)}\n\n</details>"
@@ -104,9 +143,35 @@ def origin(measured: Measured) -> str:
     """What was measured, for those who want to repeat it."""
     versions = ", ".join(f"{name} {value}" for name, value in measured.versions.items())
     return (
-        f"Measured: bundle {measured.bundle} (SHA-256 of its manifest {measured.checksum[:12]}…), {measured.dataset}, "
-        f"{measured.split} images: {measured.subset}; attacks on {measured.device}; {versions}."
+        f"Measured: bundle {measured.bundle} (SHA-256 of its graphs and weights {measured.networks[:12]}…), "
+        f"{measured.dataset}, {measured.split} images: {measured.subset}; attacks on {measured.device}; {versions}."
     )
+
+
+def _read(folder: Path) -> tuple[list[Figure], Sanity | None]:
+    found, sanity = figures.read(folder)
+    if not found and sanity is None:
+        raise RunError(f"{folder} holds no figures. Make them with: carso-train evaluate BUNDLE --out {folder}")
+    return found, sanity
+
+
+def _title(protocol: str, defence: str, found: Sequence[Figure]) -> str:
+    """Name a row of a table; of a control, with what it is made of."""
+    if (protocol, defence) in TITLES:
+        return TITLES[protocol, defence]  # type: ignore[index]
+    figure = next(f for f in found if (f.protocol, f.cell.defence) == (protocol, defence))
+    settings = figure.cell.threat.settings
+    votes = settings.get("samples")
+    match defence.partition("-")[0]:
+        case "votes":
+            return f"CARSO, the same images judged again by {votes} vote{'s' if votes != 1 else ''}"
+        case "one":
+            return "CARSO with one zero latent"
+        case "noised":
+            return f"its classifier voting over noise of {settings['noise']}, {votes} votes, no purifier"
+        case "smoothing":
+            return f"randomised smoothing at the same cost: noise of {settings['noise']}, {votes} votes"
+    return f"the classifier of {defence.removesuffix('-classifier')} alone"
 
 
 def _origins(found: Sequence[Figure], sanity: Sanity | None) -> list[Measured]:

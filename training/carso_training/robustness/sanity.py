@@ -78,6 +78,7 @@ class Checks:
             eps=self.eps,
             images=len(self.rows),
             settings={
+                "effort": self.effort.name,
                 "steps": self.effort.steps,
                 "latents": self.votes,
                 "targets": TARGETS,
@@ -322,7 +323,7 @@ class Checks:
             seed=evaluation.plan.seed + zlib.crc32(name.encode()),  # every arm has starts of its own
             batch=evaluation.batch(2 * self.votes),
             belongs_to={
-                "bundle": evaluation.bundle.checksum,
+                "networks": figures.networks(evaluation.bundle),
                 "split": evaluation.plan.split,
                 "effort": dataclasses.asdict(self.effort),
                 "trials": [[trial.name, dict(trial.settings)] for trial in attacks],

@@ -15,15 +15,31 @@ WIDTH = 120
 HEADS = {"undefended": "none", "classifier": "IAT", "carso": "CARSO"}
 
 
+PROTOCOLS = ("adaptive", "strong", "controls", "blackbox")  # many attacks each; an image must withstand them all
+KNOWING = ("adaptive", "strong")
+
+
 @dataclass(frozen=True)
 class Question:
-    """One table, and the kinds of cells that belong into it."""
+    """One table, and the cells that belong into it."""
 
     title: str
     kinds: tuple[Kind, ...]
+    protocols: tuple[str, ...] = ()  # names of attacks; empty: all that are no protocol
+
+    def holds(self, cell: Cell) -> bool:
+        """Whether a cell belongs here."""
+        attack = cell.threat.attack
+        mine = attack in self.protocols if self.protocols else attack not in KNOWING
+        return mine and cell.kind in self.kinds
 
 
 QUESTIONS = (
+    Question(
+        "An attacker who knows all of it: the share of images that withstand every attack",
+        ("white-box", "adaptive"),
+        protocols=KNOWING,
+    ),
     Question("Attacks that see a classifier only", ("clean", "white-box", "transfer")),
     Question("Attacks that see the whole defence", ("adaptive",)),
     Question("Attacks that see answers only", ("black-box",)),
@@ -50,7 +66,7 @@ def wilson(correct: int, images: int, *, z: float = 1.959964) -> tuple[float, fl
 
 def tables(cells: Sequence[Cell]) -> list[Shown]:
     """Arrange cells in tables: one per question that has any, a row per threat, a column per defence."""
-    return [_shown(question, own) for question in QUESTIONS if (own := [c for c in cells if c.kind in question.kinds])]
+    return [_shown(question, own) for question in QUESTIONS if (own := [c for c in cells if question.holds(c)])]
 
 
 def as_rich(cells: Sequence[Cell]) -> list[Table]:
@@ -77,14 +93,15 @@ def as_markdown(cells: Sequence[Cell]) -> str:
 
 
 def _shown(question: Question, cells: Sequence[Cell]) -> Shown:
-    by_place = {(cell.threat.name, cell.defence): cell for cell in cells}
+    by_place = {(_row(cell), cell.defence): cell for cell in cells}
     defences = dict.fromkeys(cell.defence for cell in cells)
     compared = {cell.defence for cell in cells if cell.published is not None}
     heads = ["attack"]
     for defence in defences:
         heads += [HEADS.get(defence, defence), *(["published"] if defence in compared else [])]
     rows = []
-    for threat in dict.fromkeys(cell.threat.name for cell in cells):
+    names = dict.fromkeys(_row(cell) for cell in cells)
+    for threat in sorted(names) if question.protocols else names:
         row = [threat]
         for defence in defences:
             cell = by_place.get((threat, defence))
@@ -93,6 +110,11 @@ def _shown(question: Question, cells: Sequence[Cell]) -> Shown:
                 row.append("-" if cell is None or cell.published is None else f"{cell.published:.2f}")
         rows.append(row)
     return Shown(question.title, heads, rows)
+
+
+def _row(cell: Cell) -> str:
+    """The name of a row: of a protocol, its eps, so that all defences share the row."""
+    return f"eps {cell.threat.eps:.2f}" if cell.threat.attack in KNOWING else cell.threat.name
 
 
 def _figure(cell: Cell) -> str:

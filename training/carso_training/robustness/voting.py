@@ -12,10 +12,13 @@ from carso.inference.sessions import Sessions
 ROUND_ROWS = 512  # benchmarks/threads.py: larger rounds cost more per vote on a CPU
 
 
-def pipeline_of(bundle: Bundle) -> Pipeline:
-    """Build a bundle's pipeline, on CUDA if it is there. Raises DeviceError if its graphs do not run."""
+def pipeline_of(bundle: Bundle, *, threads: int | None = None) -> Pipeline:
+    """Build a bundle's pipeline, on CUDA if it is there. Raises DeviceError if its graphs do not run.
+
+    `threads` is how many threads votes use on the CPU; None: one for each processor that this process may use.
+    """
     return Pipeline(
-        Sessions(bundle, device="auto"),
+        Sessions(bundle, device="auto", threads=threads),
         latent=bundle.manifest.latent,
         classes=len(bundle.manifest.classes),
         round_rows=ROUND_ROWS,
