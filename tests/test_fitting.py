@@ -28,7 +28,7 @@ def train(folder: Path, *, schedule: Schedule = SCHEDULE, crash_in: int | None =
     torch.manual_seed(0)
     epochs = iter(range(schedule.epochs))
 
-    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
         noise = torch.randn(len(rows), 5, generator=generator)
         return {"loss": (model(X[rows] + 0.1 * noise) * scale - X[rows].sum(dim=1, keepdim=True)).square().mean()}
 

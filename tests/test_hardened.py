@@ -226,7 +226,7 @@ def test_an_attack_leaves_the_networks_as_they_are_and_ready_to_train(some):
 
 
 def test_the_hardened_preset_is_the_published_one_and_one_stage_more():
-    published, preset = PRESETS["mnist-fcn"], PRESETS["mnist-fcn-hardened"]
+    published, preset = PRESETS["mnist-fcn-published"], PRESETS["mnist-fcn"]
     assert preset.model_copy(update={"name": published.name, "hardening": None}) == published
     assert published.hardening is None
 

@@ -40,6 +40,7 @@ from carso_training.fitting.classifier import train_adversarial, train_undefende
 from carso_training.fitting.hardened import Hardened, harden
 from carso_training.fitting.loop import WEIGHTS
 from carso_training.fitting.purifier import train_purifier
+from carso_training.fitting.robust import train_robust
 from carso_training.networks import Classifier, Purifier, build_classifier, build_purifier
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.card import model_card
@@ -164,7 +165,7 @@ class Run:
         images = {"train": self.training, "held_out": self.validation}
         trainers: dict[Stage, Callable[..., Classifier]] = {
             "undefended": train_undefended,
-            "adversarial": train_adversarial,
+            "adversarial": train_adversarial if self.recipe.robust_training is None else train_robust,
         }
         for stage, train in trainers.items():
             if not self.folder.weights(stage).exists():
@@ -301,7 +302,11 @@ class Run:
                 "version": __version__,
                 "dataset": self.recipe.dataset,
                 "classes": self.recipe.data.classes,
-                "input": {"shape": self.recipe.data.input_shape},
+                "input": {
+                    "shape": self.recipe.data.input_shape,
+                    "background": self.recipe.data.background,
+                    "expects": self.recipe.data.expects,
+                },
                 "code": self.recipe.purifier.code,
                 "latent": self.recipe.purifier.latent,
                 "samples": self.recipe.samples,

@@ -33,7 +33,7 @@ def train_undefended(
     `held_out` is never trained on; the figures of each epoch come from it.
     """
 
-    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
         return {"loss": _distance(model(train.pixels(rows)), train.labels[rows]).mean()}
 
     torch.manual_seed(recipe.seed)
@@ -64,7 +64,7 @@ def train_adversarial(
     torch.manual_seed(recipe.seed)
     network = build_classifier(recipe.classifier)
 
-    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
         images, labels = train.pixels(rows), train.labels[rows]
         with attacked_in_eval_mode(network):  # not `model`: a distributed wrapper would wait for gradients
             attacked = attacked_together(

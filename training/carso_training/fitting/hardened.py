@@ -76,11 +76,11 @@ def harden(
     """
     hardening = recipe.hardening
     assert hardening is not None
-    network = _prepared(classifier, purifier)
+    network = _prepared(classifier, purifier, first_pass=hardening.train_first_pass)
     held_out = held_out[slice(VALIDATION_IMAGES)]
     bf16 = recipe.purification_bf16 and multiplies_bf16(fabric.device)
 
-    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
         images, labels = train.pixels(rows), train.labels[rows]
         count, also = len(images), min(hardening.first_pass_images, len(images))
         # not `model`: a distributed wrapper would wait for gradients
@@ -89,7 +89,7 @@ def harden(
             _one_vote(system, count, generator),
             images,
             labels,
-            eps=_strengths(hardening.eps, count, generator),
+            eps=strengths(hardening.eps, count, generator),
             steps=hardening.steps,
             generator=generator,
         )
@@ -97,7 +97,7 @@ def harden(
             _in_own_dtype(system, system.classifier_scores()),
             images[:also],
             labels[:also],
-            eps=_strengths(hardening.first_pass_eps, also, generator),
+            eps=strengths(hardening.first_pass_eps, also, generator),
             steps=hardening.steps,
             generator=generator,
         )
@@ -172,11 +172,15 @@ def attacked_images(
     return x
 
 
-def _prepared(classifier: Classifier, purifier: Purifier) -> Hardened:
-    """Copy trained networks into one, of which all that is used online is to be trained."""
+def _prepared(classifier: Classifier, purifier: Purifier, *, first_pass: bool) -> Hardened:
+    """Copy trained networks into one, of which all that is used online is to be trained.
+
+    `first_pass`: whether the first pass is, too.
+    """
     network = Hardened(
         classifier=deepcopy(classifier), purifier=deepcopy(purifier), second_pass=deepcopy(classifier)
     ).requires_grad_(True)
+    network.classifier.requires_grad_(first_pass)
     network.purifier.requires_grad_(False)
     for part in (network.purifier.code_encoder, network.purifier.decoder):
         part.requires_grad_(True)
@@ -198,9 +202,9 @@ def _one_vote(system: System, count: int, generator: torch.Generator) -> Scores:
     return _in_own_dtype(system, lambda images: system(images, latents.to(images.dtype))[0][0])
 
 
-def _strengths(strengths: Strengths, count: int, generator: torch.Generator) -> Tensor:
+def strengths(drawn: Strengths, count: int, generator: torch.Generator) -> Tensor:
     """Draw the eps of the attack on each of `count` images: [count, 1, 1, 1]."""
-    eps, shares = (torch.tensor(part, device=generator.device) for part in zip(*strengths, strict=True))
+    eps, shares = (torch.tensor(part, device=generator.device) for part in zip(*drawn, strict=True))
     return eps[torch.multinomial(shares, count, replacement=True, generator=generator)].view(-1, 1, 1, 1)
 
 

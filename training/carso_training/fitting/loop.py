@@ -26,7 +26,7 @@ from carso_training.recipe import Schedule
 WEIGHTS = "weights.safetensors"
 METRICS = "metrics.csv"
 
-BatchLoss = Callable[[nn.Module, Tensor, torch.Generator], dict[str, Tensor]]
+BatchLoss = Callable[[nn.Module, Tensor, torch.Generator, float], dict[str, Tensor]]
 Validate = Callable[[nn.Module], dict[str, float]]
 
 
@@ -48,8 +48,9 @@ def fit(
     """Train `model` on `rows` examples and return the averaged network, in eval mode.
 
     Parameters that do not require a gradient stay as they are.
-    `batch_loss(model, indices, generator)` returns a dict whose ``loss`` is minimised and whose every entry (a
-    scalar, mean over the batch) is logged. `validate(network)` returns figures on held-out images. In `folder`:
+    `batch_loss(model, indices, generator, done)` returns a dict whose ``loss`` is minimised and whose every entry (a
+    scalar, mean over the batch) is logged; `done` is the share of all steps that lie behind, in [0, 1).
+    `validate(network)` returns figures on held-out images. In `folder`:
     ``weights.safetensors`` when done, two checkpoints until then, and ``metrics.csv``, a row per epoch. A network
     whose weights are there is not trained again.
 
@@ -91,8 +92,9 @@ def fit(
             generator = _generator(fabric, seed, epoch)
             trained.train()
             sums: dict[str, Tensor] = {}
-            for indices in _batches(fabric, rows, schedule.batch_size, seed=seed, epoch=epoch):
-                losses = batch_loss(trained, indices, generator)
+            for step, indices in enumerate(_batches(fabric, rows, schedule.batch_size, seed=seed, epoch=epoch)):
+                done = (epoch * steps + step) / (schedule.epochs * steps)
+                losses = batch_loss(trained, indices, generator, done)
                 for optimizer in optimizers:
                     optimizer.zero_grad(set_to_none=True)
                 fabric.backward(losses["loss"])

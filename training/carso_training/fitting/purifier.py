@@ -55,7 +55,7 @@ def train_purifier(
             for attack in (CLEAN, *recipe.attacks)
         }
 
-    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator) -> dict[str, Tensor]:
+    def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
         images = versions.batch(rows)
         target = images[0].flatten(1).repeat(len(images), 1)
         images = images.flatten(0, 1)
