@@ -2,9 +2,9 @@
 
 The classifier may begin with *soft thresholds*: each pixel goes through a few sigmoids, steep and centred near the
 middle of the range, whose steepness and centre are trained along. Robust networks on MNIST learn such a layer by
-themselves (Madry et al. 2018, arXiv:1706.06083, appendix C: three filters of the first layer are in use, and they
-all threshold the pixels). Beginning with it saves most of the training. It helps where pixels are nearly black or white,
-and nowhere else.
+themselves: in the one of Madry et al. (2018, arXiv:1706.06083, appendix C), three filters of the first layer are in
+use, and all three threshold the pixels. Beginning with it saves most of the training. It helps where pixels are nearly
+black or white, and nowhere else.
 """
 
 from __future__ import annotations
