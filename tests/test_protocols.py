@@ -19,7 +19,7 @@ from carso_training.datasets import dataset
 from carso_training.datasets.examples import Examples
 from carso_training.errors import RunError
 from carso_training.networks.cost import costs
-from carso_training.robustness import controls, figures, report, trials
+from carso_training.robustness import controls, figures, plots, report, trials
 from carso_training.robustness.campaign import Campaign, Trial
 from carso_training.robustness.effort import EFFORTS, Effort
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of, subset
@@ -406,6 +406,28 @@ def test_systems_stand_side_by_side_with_what_their_purifiers_add_or_take(tmp_pa
     lines = [line for line in page.read_text().splitlines() if line.startswith(("| one", "| two"))]
     assert "| 0.30 | 50.0 [43.1, 56.9] | 60.0 [53.1, 66.5] | -10.0 points | 200 |" in lines[0]
     assert "| +15.0 points |" in lines[1]
+
+
+def test_the_plots_are_drawn_from_the_figures_and_the_same_figures_give_the_same_plot(tmp_path):
+    assert plots.accuracy({}) is None
+    assert plots.cost({"one": [figure(eps=0.15, correct=100)]}) is None  # not of this eps
+    systems = {
+        "first": [figure(eps=0.15, correct=150), figure(eps=0.3, correct=100)],
+        "second": [figure(eps=0.3, correct=60, defence="classifier", protocol="strong")],
+    }
+    drawn = plots.accuracy(systems)
+    assert "first: CARSO, adaptive" in drawn and "second: its classifier alone" in drawn  # text stays text
+    assert plots.accuracy(systems) == drawn
+    systems["first"][1] = figure(eps=0.3, correct=99)
+    assert plots.accuracy(systems) != drawn
+    for name, found in systems.items():
+        for each in found:
+            costly = each.measured.model_copy(update={"multiply_adds": {"vote": 2_000_000}})
+            (tmp_path / name).mkdir(exist_ok=True)
+            figures.write(tmp_path / name, each.model_copy(update={"measured": costly}))
+    assert plots.write(tmp_path) == [tmp_path / "accuracy.svg", tmp_path / "cost.svg"]
+    assert (tmp_path / "accuracy.svg").read_text() == plots.accuracy(systems)
+    assert "adaptive accuracy at eps 0.30" in (tmp_path / "cost.svg").read_text()
 
 
 def test_figures_are_recorded_in_the_bundle_with_the_adaptive_ones_first(tmp_path, monkeypatch, capsys):

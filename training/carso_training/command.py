@@ -26,6 +26,7 @@ from carso_training import durable
 from carso_training.datasets import dataset
 from carso_training.errors import DeviceUnavailableError, RecipeError, RunError, TrainingError
 from carso_training.recipe import PRESETS, Recipe
+from carso_training.robustness import plots
 from carso_training.robustness.effort import EFFORTS, EffortName
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of
 from carso_training.robustness.figures import Figure
@@ -271,12 +272,14 @@ def report(
     *,
     check: Annotated[bool, typer.Option("--check", help="Write nothing; end with 1 if the page would change.")] = False,
 ) -> None:
-    """Write the tables of a page again from the measured figures in the folder of the page's name."""
+    """Write the tables of a page again from the measured figures in the folder of the page's name, and plot them."""
     if check:
         if updated(page) != page.read_text():
             raise RunError(f"{page} is not what its figures say. Write it again with: carso-train report {page}")
     else:
         typer.echo(f"{page}: {'written again' if update(page) else 'as its figures say'}")
+        for path in plots.write(page.with_suffix("")):
+            typer.echo(path)
 
 
 @app.command()
