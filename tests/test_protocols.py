@@ -12,14 +12,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from carso import Client
 from carso.bundle import Bundle, Cell, Threat
 from carso_training import command
 from carso_training.attacks.apgd import apgd_ce
+from carso_training.attacks.rays import rays
 from carso_training.datasets import dataset
 from carso_training.datasets.examples import Examples
 from carso_training.errors import RunError
 from carso_training.networks.cost import costs
 from carso_training.robustness import controls, figures, plots, report, trials
+from carso_training.robustness.blackbox import Service
 from carso_training.robustness.campaign import Campaign, Trial
 from carso_training.robustness.effort import EFFORTS, Effort
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of, subset
@@ -32,6 +35,7 @@ from carso_training.robustness.voting import pipeline_of
 from torch import Tensor
 
 from tests.bundles import SMALL, random_images, shared_bundle
+from tests.server import serving
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "models" / "mnist-fcn"
@@ -406,6 +410,42 @@ def test_systems_stand_side_by_side_with_what_their_purifiers_add_or_take(tmp_pa
     lines = [line for line in page.read_text().splitlines() if line.startswith(("| one", "| two"))]
     assert "| 0.30 | 50.0 [43.1, 56.9] | 60.0 [53.1, 66.5] | -10.0 points | 200 |" in lines[0]
     assert "| +15.0 points |" in lines[1]
+
+
+def test_rays_finds_a_boundary_from_labels_alone_within_its_queries():
+    data, system = dataset("mnist").load("test"), system_of(Bundle.load(SHIPPED))
+    images, labels, asked = data.pixels(slice(20)), data.labels[:20], []
+
+    def decisions(x: Tensor) -> Tensor:
+        asked.append(len(x))
+        return system.classifier_scores()(x).argmax(dim=1)
+
+    found = rays(decisions, images, labels, eps=0.4, queries=300)
+    assert len(asked) <= 300
+    assert sum(asked) < 20 * 300  # those whose boundary is near ask no more
+    assert float((found - images).abs().max()) <= 0.4 + 1e-6
+    assert int((decisions(found) != labels).sum()) >= 10
+    one = rays(decisions, images, labels, eps=0.4, queries=1)
+    assert int((decisions(one) != labels).sum()) < 10
+
+
+@pytest.mark.slow
+def test_a_running_service_is_attacked_through_its_api_by_labels_alone(bundle, data, tmp_path, monkeypatch, capsys):
+    with serving(bundle.folder, tmp_path / "log") as server:
+        measured = evaluation(bundle, data, tmp_path / "out")
+        with Client(server.url) as client:
+            service = Service(client, bundle)
+            found = []
+            measured.blackbox([0.3], service=service, queries=20, report=found.append)
+            with pytest.raises(RunError, match="CARSO_BUNDLE"):
+                Service(client, Bundle.load(SHIPPED))
+    (seen,) = found
+    assert seen.cell.kind == "black-box"
+    assert seen.cell.threat.settings == {"queries": 20, "draws": TINY.draws}
+    assert seen.trials[1].attack == "rays"
+    assert seen.cell.correct <= seen.clean <= 12
+    assert run(monkeypatch, "evaluate", str(SHIPPED), "--protocol", "blackbox") == 2
+    assert "--url" in capsys.readouterr().err
 
 
 def test_the_plots_are_drawn_from_the_figures_and_the_same_figures_give_the_same_plot(tmp_path):

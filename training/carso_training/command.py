@@ -13,6 +13,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
+from carso import CarsoError, Client
 from carso.bundle import MANIFEST, Bundle, BundleError, sealed
 from carso.inference.runtime import InstallationError, check_runtime
 from carso.inference.sessions import DeviceError
@@ -27,6 +28,7 @@ from carso_training.datasets import dataset
 from carso_training.errors import DeviceUnavailableError, RecipeError, RunError, TrainingError
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness import plots
+from carso_training.robustness.blackbox import Service
 from carso_training.robustness.effort import EFFORTS, EffortName
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of
 from carso_training.robustness.figures import Figure
@@ -45,7 +47,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 SANITY_IMAGES = 200  # the checks make their attacks a dozen times over
-WantedProtocol = Literal["published", "strong", "adaptive", "sanity", "controls", "full"]
+WantedProtocol = Literal["published", "strong", "adaptive", "sanity", "controls", "blackbox", "full"]
 STRONG_EPS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40)  # cheap: the classifier of the first pass is small
 ADAPTIVE_EPS = (0.15, 0.30)
 
@@ -140,7 +142,8 @@ def evaluate(
         typer.Option(
             help="published: the attacks of the published table, which see a classifier only (needs a recipe). strong: "
             "the classifier alone, all attacks. adaptive: CARSO, by an attacker who knows all of it. sanity: checks "
-            "that the attacks work. controls: simpler defences, and other numbers of votes. full: all of these."
+            "that the attacks work. controls: simpler defences, and other numbers of votes. blackbox: a running "
+            "service (--url), by its labels alone. full: all of these but blackbox."
         ),
     ] = "published",
     split: Annotated[
@@ -170,6 +173,10 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Another bundle, whose classifier is one of the controls; may be given several times."),
     ] = None,
+    url: Annotated[
+        str | None, typer.Option(envvar="CARSO_URL", help="Of a service that serves the bundle, for blackbox.")
+    ] = None,
+    queries: Annotated[int, typer.Option(min=1, help="Images asked about for each image, for blackbox.")] = 1000,
     threads: Annotated[
         int,
         typer.Option(
@@ -220,6 +227,13 @@ def evaluate(
             threads=threads,
         )
         try:
+            if protocol == "blackbox":
+                if url is None:
+                    raise typer.BadParameter("blackbox needs the URL of a running service", param_hint="--url")
+                with Client(url) as client:
+                    service = Service(client, bundle)
+                    evaluation.blackbox(eps or ADAPTIVE_EPS, service=service, queries=queries, report=_show)
+                return
             _measure(
                 evaluation,
                 protocol,
@@ -319,6 +333,15 @@ def samples(
         typer.echo(path)
 
 
+def _show(figure: Figure) -> None:
+    cell = figure.cell
+    low, high = wilson(cell.correct, cell.images)
+    typer.echo(
+        f"{figure.protocol} {cell.defence} eps {cell.threat.eps:.2f}: {cell.correct} of {cell.images} images, "
+        f"{cell.accuracy:.1f} % [{low:.1f}, {high:.1f}], in {figure.seconds:.0f} s"
+    )
+
+
 def _measure(
     evaluation: Evaluation,
     protocol: WantedProtocol,
@@ -328,26 +351,18 @@ def _measure(
     others: Sequence[Bundle],
     source: Path | None,
 ) -> None:
-    def show(figure: Figure) -> None:
-        cell = figure.cell
-        low, high = wilson(cell.correct, cell.images)
-        typer.echo(
-            f"{figure.protocol} {cell.defence} eps {cell.threat.eps:.2f}: {cell.correct} of {cell.images} images, "
-            f"{cell.accuracy:.1f} % [{low:.1f}, {high:.1f}], in {figure.seconds:.0f} s"
-        )
-
     strengths = eps or ADAPTIVE_EPS
     if protocol in ("strong", "full"):
-        evaluation.strong(eps or STRONG_EPS, report=show)
+        evaluation.strong(eps or STRONG_EPS, report=_show)
     if protocol in ("adaptive", "full"):
-        evaluation.adaptive(strengths, surrogate=surrogate, report=show)
+        evaluation.adaptive(strengths, surrogate=surrogate, report=_show)
     if protocol in ("controls", "full"):
         validation = (
             evaluation.data
             if evaluation.plan.split == "validation"
             else images_of(evaluation.bundle, "validation", given=source)
         )
-        evaluation.controls(strengths, validation=validation, others=others, surrogate=surrogate, report=show)
+        evaluation.controls(strengths, validation=validation, others=others, surrogate=surrogate, report=_show)
     if protocol in ("sanity", "full"):
         sanity = Checks(evaluation, images=min(SANITY_IMAGES, len(evaluation.rows)), eps=max(strengths)).run()
         for check in sanity.checks:
@@ -413,7 +428,7 @@ def main() -> None:
     try:
         check_runtime()
         app(prog_name="carso-train")
-    except (TrainingError, BundleError, DeviceError, InstallationError, MisconfigurationException) as e:
+    except (TrainingError, BundleError, CarsoError, DeviceError, InstallationError, MisconfigurationException) as e:
         _tell(str(e))
     except OSError as e:
         _tell(_complaint(e))

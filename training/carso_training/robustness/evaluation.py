@@ -25,6 +25,7 @@ from carso_training.errors import RecipeError
 from carso_training.networks.cost import costs
 from carso_training.robustness import controls, figures
 from carso_training.robustness.adaptive import Voting, adaptive_trials, attacks_on_a_vote
+from carso_training.robustness.blackbox import Service, ServiceJudge, blackbox_trials
 from carso_training.robustness.campaign import Campaign, Outcome, Trial
 from carso_training.robustness.effort import Effort
 from carso_training.robustness.figures import Figure, Measured, Protocol, Settings, Split, Tried
@@ -152,6 +153,17 @@ class Evaluation:
                 self._control(name, eps, defence, judge, settings, report, votes=self.plan.effort.latents)
             for other in others:
                 self._other(other, eps, report)
+
+    def blackbox(self, strengths: Sequence[float], *, service: Service, queries: int, report: Report = _unseen) -> None:
+        """Measure a running service that serves this bundle, by an attacker who sees labels only."""
+        draws = self.plan.effort.draws
+        for eps in strengths:
+            trials = blackbox_trials(service, eps=eps, queries=queries)
+            judge = ServiceJudge(service, draws=draws)
+            campaign = self._campaign("blackbox", eps, trials, judge, votes=1)
+            found = campaign.run(trials, title=f"blackbox eps {eps:.2f}", quiet=self.quiet)
+            settings: Settings = {"queries": queries, "draws": draws}
+            report(self._figure("blackbox", "carso", eps, found, settings=settings, sees="answers"))
 
     def robust_path(self) -> RobustPath:
         """The judge of all of CARSO."""
