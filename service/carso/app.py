@@ -23,7 +23,7 @@ from carso.api.intake import Intake
 from carso.api.native import Native
 from carso.api.open_inference import Model
 from carso.bundle import Bundle
-from carso.choices import PathName
+from carso.choices import Checked, PathName
 from carso.errors import RequestError
 from carso.http.envelope import Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
@@ -49,6 +49,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _FORKED = 3  # exit status of a worker that cannot start; gunicorn then ends too
+CHECKED: dict[Checked, tuple[PathName, ...]] = {"robust": ("robust",), "all": ("fast", "robust"), "off": ()}
 
 DESCRIPTION = (
     "Adversarially robust image classification: `/classify` counts votes over purified versions of an image, "
@@ -83,10 +84,22 @@ def build(settings: Settings) -> Service:
             f"must be at least {manifest.samples}, the votes that the bundle counts by default"
         )
     sessions = _sessions(bundle, settings)
+    if settings.untypical == "refuse" and manifest.typical is None:
+        raise SettingsError(
+            f"{settings.called('untypical')}: refuse is not allowed with bundle {manifest.name}: it has no thresholds "
+            "of typical images. Add them with `carso-train typical`, or set it to mark"
+        )
     provider = sessions.provider
     metrics = Metrics(bundle, device=settings.device, provider=provider, precision=settings.precision)
     engine = Engine(
-        Pipeline(sessions, latent=manifest.latent, classes=len(manifest.classes), round_rows=settings.round_rows),
+        Pipeline(
+            sessions,
+            latent=manifest.latent,
+            classes=len(manifest.classes),
+            round_rows=settings.round_rows,
+            eps=None if manifest.typical is None else manifest.typical.eps,
+            typical_on=CHECKED[settings.typical],
+        ),
         observe=metrics.step,
         queue_rows={"robust": settings.queue_rows, "fast": settings.fast_queue_rows},
     )
@@ -114,6 +127,8 @@ def build(settings: Settings) -> Service:
     )
     native = Native(
         classification,
+        bounds=manifest.typical,
+        untypical=settings.untypical,
         intake,
         bundle,
         options,
@@ -136,6 +151,7 @@ def build(settings: Settings) -> Service:
         )
         for path in get_args(PathName)
     ]
+            tells_typical=manifest.typical is not None and path in CHECKED[settings.typical],
     open_inference.add_to(app, models, probes)
     if keys:
         app.openapi = openapi.guarded(app, but=PROBES)  # type: ignore[method-assign]  # FastAPI's own way to do it

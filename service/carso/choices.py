@@ -10,6 +10,9 @@ PathName = Literal["fast", "robust"]  # fast: the first pass alone; robust: both
 Device = Literal["auto", "cuda", "cpu"]
 Precision = Literal["float32", "int8"]
 Evidence = Literal["full", "label"]  # how much of an answer callers see
+Checked = Literal["robust", "all", "off"]  # on which paths images are compared with what the purifier knows
+Untypical = Literal["mark", "refuse"]  # what happens to an image that is not like that
+Fit = Literal["pad", "stretch"]  # how an image of other proportions is made to fit
 
 # ONNX Runtime's execution providers
 CUDA = "CUDAExecutionProvider"

@@ -115,7 +115,11 @@ class ObjectArray(RequestError):
 
 
 class UnsupportedDtype(RequestError):
-    """A .npy file of another type than floating point or uint8."""
+    """A .npy file of another type than floating point, integers or bool."""
+
+
+class UntypicalImage(RequestError):
+    """An image that is not like those that the bundle knows, where the operator refuses such images."""
 
 
 class TransparentImage(RequestError):

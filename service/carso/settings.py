@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from carso.choices import Device, Evidence, Precision, Risk, price_of
+from carso.choices import Checked, Device, Evidence, Precision, Risk, Untypical, price_of
 from carso.complaints import allowed, complaint
 
 PREFIX = "CARSO_"
@@ -213,6 +213,25 @@ class Settings(BaseModel):
     )
     log_level: Literal["debug", "info", "warning", "error"] = _telemetry(
         default="info", description="Least level that is logged, as JSON lines on standard error."
+    cors_origins: str | None = _security(
+        default=None,
+        shown="none: no other page's script may call",
+        min_length=1,
+        pattern=r"^[*]?(https?://[^/, ]+,?)*$",
+        description="Origins whose pages' scripts may call from a browser: https://a.example,https://b.example, or * "
+        "for all.",
+    )
+    typical: Checked = _security(
+        default="robust",
+        description="On which paths the service tells whether an image is like those that the bundle knows. It costs "
+        "one purified row for each image: little beside a vote, and many times the fast path's own work. A bundle "
+        "without thresholds cannot tell.",
+    )
+    untypical: Untypical = _security(
+        default="mark",
+        description="mark answers `typical: false`. refuse answers 422 to a request with such an image. It needs a "
+        "bundle with thresholds, and CARSO_TYPICAL other than off.",
+    )
     )
 
     @classmethod
@@ -254,6 +273,11 @@ class Settings(BaseModel):
                 f"({because}), or the service would refuse the largest request every time"
             )
 
+        if self.untypical == "refuse" and self.typical == "off":
+            raise SettingsError(
+                f"{self.called('untypical')}: refuse is not allowed with {self.called('typical')} off: nothing "
+                "would be found to refuse"
+            )
 
 def variable(field: str) -> str:
     """Name the environment variable of a setting: CARSO_PORT."""

@@ -11,9 +11,10 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from carso.bundle import Bundle, Cell, InputSpec
-from carso.choices import Device, Evidence, Precision
+from carso.bundle import Bundle, Cell, InputSpec, Typical
+from carso.choices import Checked, Device, Evidence, Precision, Untypical
 from carso.inference.jobs import Ending, Result, Times, VotePlan
+from carso.inference.typical import is_typical
 
 
 class _Answer(BaseModel):
@@ -56,30 +57,51 @@ class Label(_Answer):
 
     label: int
     class_name: str
+    typical: bool | None = Field(
+        default=None,
+        description="Whether the image is like those that the bundle knows: excess and contrast are within the "
+        "thresholds in /info. False: the label means little. Absent where this is not looked at.",
+    )
+
+
+_EXCESS = Field(
+    default=None,
+    description="How far the image is from its purified version, beyond what an attacker may change: the mean of "
+    "max(|image - purified| - eps, 0). With `typical`.",
+)
+_CONTRAST = Field(default=None, description="The image's largest value less its smallest. With `typical`.")
 
 
 class FastPrediction(Label):
     """What the first pass says of one image."""
 
+    excess: float | None = _EXCESS
+    contrast: float | None = _CONTRAST
     probabilities: list[float] = Field(description="Of each class, in order.")
 
 
 class RobustLabel(Label):
     """A prediction whose evidence is withheld, on the robust path."""
 
-    complete: bool = Field(description="False if the deadline ended the count, so that `risk` says nothing about it.")
+    complete: bool = Field(description="False if the deadline ended the count, before it reached `risk`.")
 
 
 class RobustPrediction(RobustLabel):
     """What the vote says of one image."""
 
     label: int = Field(description="The class with most votes, the lowest among equals.")
+    excess: float | None = _EXCESS
+    contrast: float | None = _CONTRAST
     share: float = Field(description="The leader's votes / votes cast.")
     tally: list[int] = Field(description="Votes of each class, in order.")
     votes: int = Field(description="Votes cast.")
     samples: int = Field(description="Votes asked for.")
     rule: Ending = Field(description="What ended the count.")
     risk: float = Field(description="The risk that was asked for.")
+    risk_reached: float = Field(
+        description="The bound that this tally gives on the chance that all `samples` votes would elect another class: "
+        "0 if the outcome is certain, 1 if the tally says nothing. It is about the count, not about robustness."
+    )
     seed: int = Field(description="Seed of this image's latents.")
     fast_label: int = Field(description="The fast path's answer to the same image.")
     agree: bool = Field(description="Whether both paths give the same label.")
@@ -127,6 +149,9 @@ class BundleInfo(BundleName):
     latent: int = Field(description="Size of a latent.")
     samples: int = Field(description="Votes counted per image by default.")
     table: tuple[Cell, ...] = Field(description="Measured accuracies.")
+    typical: Typical | None = Field(
+        description="The thresholds of typical images, and what they flag; null: this bundle cannot tell."
+    )
 
 
 class Limits(_Answer):
@@ -138,6 +163,8 @@ class Limits(_Answer):
     max_pixels: int
     allow_seed: bool
     evidence: Evidence
+    typical: Checked = Field(description="The paths on which images are compared with what the bundle knows.")
+    untypical: Untypical = Field(description="What happens to an image that is not like that.")
 
 
 class DeviceInfo(_Answer):
@@ -182,23 +209,27 @@ def bundle_info(bundle: Bundle) -> BundleInfo:
         latent=manifest.latent,
         samples=manifest.samples,
         table=manifest.table,
+        typical=manifest.typical,
     )
 
 
-def fast_predictions(result: Result, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return a FastPrediction of each image."""
+def fast_predictions(result: Result, classes: tuple[str, ...], bounds: Typical | None) -> list[dict[str, Any]]:
+    """Return a FastPrediction of each image. `bounds`: of typical images; None: nothing is said of that."""
     return [
-        {"label": label, "class_name": classes[label], "probabilities": probabilities}
-        for label, probabilities in _first_pass(result)
+        {"label": label, "class_name": classes[label], **figures, "probabilities": probabilities}
+        for (label, probabilities), figures in zip(_first_pass(result), _typical(result, bounds), strict=True)
     ]
 
 
-def robust_predictions(result: Result, plan: VotePlan, classes: tuple[str, ...]) -> list[dict[str, Any]]:
-    """Return a RobustPrediction of each image; each must have had a vote."""
+def robust_predictions(
+    result: Result, plan: VotePlan, classes: tuple[str, ...], bounds: Typical | None
+) -> list[dict[str, Any]]:
+    """Return a RobustPrediction of each image; each must have had a vote. `bounds`: as of `fast_predictions`."""
     return [
         {
             "label": outcome.label,
             "class_name": classes[outcome.label],
+            **figures,
             "share": outcome.tally[outcome.label] / outcome.votes,
             "tally": outcome.tally,
             "votes": outcome.votes,
@@ -206,20 +237,34 @@ def robust_predictions(result: Result, plan: VotePlan, classes: tuple[str, ...])
             "rule": outcome.ending,
             "complete": outcome.ending != "deadline",
             "risk": plan.risk,
+            "risk_reached": outcome.risk_reached,
             "seed": outcome.seed,
             "fast_label": fast_label,
             "agree": outcome.label == fast_label,
         }
-        for outcome, (fast_label, _) in zip(result.outcomes, _first_pass(result), strict=True)
+        for outcome, (fast_label, _), figures in zip(
+            result.outcomes, _first_pass(result), _typical(result, bounds), strict=True
+        )
     ]
 
 
+TYPICAL_FIELDS = frozenset(("typical", "excess", "contrast"))  # absent where nobody asked the purifier
 _LABEL_FIELDS = frozenset(RobustLabel.model_fields)
 
 
 def label_only(prediction: dict[str, Any]) -> dict[str, Any]:
     """Return what is left of a prediction where the evidence is withheld: a Label or a RobustLabel."""
     return {name: value for name, value in prediction.items() if name in _LABEL_FIELDS}
+
+
+def _typical(result: Result, bounds: Typical | None) -> list[dict[str, Any]]:
+    """Return what is said of each image beside what the purifier knows: nothing, where nobody asked."""
+    if bounds is None or result.typicalities is None:
+        return [{}] * len(result.probabilities)
+    return [
+        {"typical": is_typical(found, bounds), "excess": found.excess, "contrast": found.contrast}
+        for found in result.typicalities
+    ]
 
 
 def _first_pass(result: Result) -> Iterator[tuple[int, list[float]]]:

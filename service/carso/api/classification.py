@@ -14,8 +14,9 @@ import numpy as np
 from starlette.requests import Request
 
 from carso.api import answers
-from carso.choices import Evidence, PathName
-from carso.errors import ClientGone, DeadlineExceeded, SeedRefused
+from carso.bundle import Typical
+from carso.choices import Evidence, PathName, Untypical
+from carso.errors import ClientGone, DeadlineExceeded, SeedRefused, UntypicalImage
 from carso.http.disconnect import WhileConnected
 from carso.http.exchange import Exchange
 from carso.inference.engine import Engine, EngineStopped
@@ -45,7 +46,11 @@ class Classification:
         allow_seed: bool,
         evidence: Evidence,
     ) -> None:
-        """`trace` is called with every finished job. `evidence`: "label" withholds tallies, scores and timings."""
+        bounds: Typical | None,
+        untypical: Untypical,
+        """`trace` is called with every finished job. `evidence`: "label" withholds tallies, scores and timings.
+        `bounds`: the thresholds of typical images; None: the bundle has none.
+        """
         self._engine = engine
         self._metrics = metrics
         self._trace = trace
@@ -53,6 +58,8 @@ class Classification:
         self._allow_seed = allow_seed
         self._label_only = evidence == "label"
 
+        self._bounds = bounds
+        self._refuses_untypical = untypical == "refuse"
     def check(self, path: PathName) -> None:
         """Raise QueueFull if not even one image fits: before a body is read, so that a full queue costs no more."""
         self._engine.admission[path].check(1)
@@ -60,20 +67,20 @@ class Classification:
     async def fast(self, request: Request, images: np.ndarray, *, decode: float) -> Classified:
         """Answer with the first pass of `images` [n, *shape] float32, which took `decode` seconds to decode.
 
-        Raises QueueFull, ClientGone, and the engine's errors.
+        Raises UntypicalImage, QueueFull, ClientGone, and the engine's errors.
         """
         exchange = Exchange.of(request.scope)
         result = await self._run(request, Job(images))
         self._metrics.result("fast", result, decode=decode)
         timings = answers.fast_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
-        return self._told(exchange, answers.fast_predictions(result, self._classes), timings)
+        return self._told(exchange, "fast", answers.fast_predictions(result, self._classes, self._bounds), timings)
 
     async def robust(
         self, request: Request, images: np.ndarray, options: RobustOptions, *, decode: float
     ) -> Classified:
         """Answer with both passes of `images` [n, *shape] float32, which took `decode` seconds to decode.
 
-        Raises SeedRefused, DeadlineExceeded, QueueFull, ClientGone, and the engine's errors.
+        Raises SeedRefused, DeadlineExceeded, UntypicalImage, QueueFull, ClientGone, and the engine's errors.
         """
         if not self._allow_seed and options.seed is not None:
             raise SeedRefused("this service chooses the seed itself: leave seed out, or ask its operator to allow it")
@@ -89,23 +96,43 @@ class Classification:
                 f"no vote was cast for {unvoted} of {len(images)} images within {options.deadline_ms} ms: "
                 "give a later deadline_ms, or send fewer images"
             )
-        predictions = answers.robust_predictions(result, plan, self._classes)
+        predictions = answers.robust_predictions(result, plan, self._classes, self._bounds)
         agree = [prediction["agree"] for prediction in predictions]
         self._metrics.result("robust", result, decode=decode)
         self._metrics.elections(result.outcomes, agree=agree)
         exchange.votes = sum(outcome.votes for outcome in result.outcomes)
         exchange.agree = sum(agree)
         timings = answers.robust_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
-        return self._told(exchange, predictions, timings)
+        return self._told(exchange, "robust", predictions, timings)
 
-    def _told(self, exchange: Exchange, predictions: list[dict[str, Any]], timings: dict[str, float]) -> Classified:
+    def _told(
+        self, exchange: Exchange, path: PathName, predictions: list[dict[str, Any]], timings: dict[str, float]
+    ) -> Classified:
         exchange.labels = [prediction["label"] for prediction in predictions]
         exchange.timings = timings
         if self._label_only:
+        self._metrics.typical(path, (prediction["typical"] for prediction in predictions if "typical" in prediction))
+        if self._refuses_untypical:
+            self._check_typical(predictions)
             return Classified([answers.label_only(prediction) for prediction in predictions], None)
         return Classified(predictions, timings)
 
     async def _run(self, request: Request, job: Job) -> Result:
+    def _check_typical(self, predictions: list[dict[str, Any]]) -> None:
+        """Raise UntypicalImage if one of the images is not typical."""
+        for index, prediction in enumerate(predictions):
+            if self._bounds is not None and prediction.get("typical") is False:
+                figures = (
+                    ""
+                    if self._label_only
+                    else f" (excess {prediction['excess']:g}, at most {self._bounds.excess:g}; contrast "
+                    f"{prediction['contrast']:g}, at least {self._bounds.contrast:g})"
+                )
+                raise UntypicalImage(
+                    f"image {index} is not like the images that this service knows{figures}, and it refuses such "
+                    "images: send one of the kind that /info describes, with its polarity, framing and scale"
+                )
+
         Exchange.of(request.scope).images = len(job.images)
         try:
             async with WhileConnected(request.receive):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Sequence
 from functools import partial
+from types import UnionType
 from typing import Any, Literal, get_args, get_origin
 
 import numpy as np
@@ -122,12 +123,19 @@ class Model:
         provider: str,
         max_images: int,
         evidence: Evidence,
+        tells_typical: bool,
     ) -> None:
-        """`options`: RobustOptions with this service's limits on the robust path, FastOptions on the fast one."""
+        """`options`: RobustOptions with this service's limits on the robust path, FastOptions on the fast one.
+        `tells_typical`: whether answers on this path say if an image is typical.
+        """
         self.name = manifest.name if path == "robust" else f"{manifest.name}-fast"
         self.version = manifest.version
         self.path = path
-        fields = _PREDICTIONS[path, evidence].model_fields
+        fields = {
+            name: field
+            for name, field in _PREDICTIONS[path, evidence].model_fields.items()
+            if tells_typical or name not in answers.TYPICAL_FIELDS
+        }
         self._classification = classification
         self._intake = intake
         self._provider = provider
@@ -258,6 +266,8 @@ def _config(tensor: TensorMetadata) -> TensorConfig:
 
 def _datatype(annotation: Any) -> OutputType:
     """Return the datatype of a prediction's field, or of the items of its list."""
+    if get_origin(annotation) is UnionType:
+        annotation, _ = get_args(annotation)  # or None, where the output is not there at all
     if get_origin(annotation) is list:
         (annotation,) = get_args(annotation)
     return "BYTES" if get_origin(annotation) is Literal else _DATATYPES[annotation]

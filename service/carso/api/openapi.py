@@ -37,6 +37,7 @@ _CLASSIFICATION_ERRORS: Errors = (
     e.UnsupportedMediaType,
     e.HeadTooLarge,
     e.WrongShape,
+    e.UntypicalImage,
     e.NotFinite,
     e.OutOfRange,
     e.EmptyBatch,

@@ -1,7 +1,7 @@
 """What calls return. Fields that this version does not know are kept, as attributes too, not refused.
 
-A service may withhold its evidence (CARSO_EVIDENCE=label). A prediction then has only `label` and `class_name`, on the
-robust path also `complete`, and a result has no timings. What is missing is None.
+A service may withhold its evidence (CARSO_EVIDENCE=label). A prediction then has only `label`, `class_name` and
+`typical`, on the robust path also `complete`, and a result has no timings. What is missing is None.
 
     result = client.classify(["a.png", "b.png"])
     for prediction in result.predictions:
@@ -31,6 +31,9 @@ class FastPrediction(_Value):
 
     label: int
     class_name: str
+    typical: bool | None = None  # False: not like the images that the bundle knows, so the label means little
+    excess: float | None = None  # the figures that tell; see docs/typical.md
+    contrast: float | None = None
     probabilities: tuple[float, ...] | None = None  # of each class, in order
 
 
@@ -40,12 +43,16 @@ class RobustPrediction(_Value):
     label: int  # the class with most votes
     class_name: str
     complete: bool  # False if the deadline ended the count
+    typical: bool | None = None  # False: not like the images that the bundle knows, so the label means little
+    excess: float | None = None  # the figures that tell; see docs/typical.md
+    contrast: float | None = None
     share: float | None = None  # of `label` among the votes cast, from 0 to 1
     tally: tuple[int, ...] | None = None  # votes of each class, in order
     votes: int | None = None  # cast
     samples: int | None = None  # votes asked for
     rule: str | None = None  # what ended the count: exact, risk-limited, deadline
     risk: float | None = None  # asked for
+    risk_reached: float | None = None  # the bound that this tally gives
     seed: int | None = None  # of this image's latents
     fast_label: int | None = None  # what the fast path says
     agree: bool | None = None  # whether both paths say the same; if not, the image may have been manipulated
@@ -116,6 +123,8 @@ class Limits(_Value):
     evidence: str  # full or label
 
 
+    typical: str | None = None  # the paths that say whether an image is typical: robust, all or off
+    untypical: str | None = None  # what happens to an image that is not: mark or refuse
 class Info(_Value):
     """The answer of `info`."""
 

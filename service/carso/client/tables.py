@@ -36,6 +36,11 @@ def row(name: str, prediction: Prediction) -> Sequence[str]:
 def warnings(name: str, prediction: Prediction) -> list[str]:
     """Say what deserves attention: paths that disagree, and a count that the deadline ended."""
     found = []
+    if prediction.typical is False:
+        found.append(
+            f"warning: {name}: this is not like the images that the bundle knows, so its label means little: look at "
+            "polarity, framing and scale"
+        )
     if isinstance(prediction, RobustPrediction) and prediction.agree is False:
         found.append(
             f"warning: {name}: the vote says label {prediction.label}, the fast path {prediction.fast_label}: the "

@@ -32,6 +32,7 @@ _STATUSES: dict[int, tuple[type[RequestError], ...]] = {
         errors.NotNumbers,
         errors.ObjectArray,
         errors.UnsupportedDtype,
+        errors.UntypicalImage,
         errors.TransparentImage,
         errors.AnimatedImage,
         errors.UnexpectedPart,

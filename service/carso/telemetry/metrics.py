@@ -93,6 +93,17 @@ class Metrics:
         )
         self._agreement = {agree: agreement.labels(str(agree).lower()) for agree in (False, True)}
         build = Gauge(
+        typical = Counter(
+            "carso_typical_images",
+            "Images by whether they are like those that the bundle knows; others get labels that mean little.",
+            ["path", "typical"],
+            registry=registry,
+        )
+        self._typical = {
+            (path, is_typical): typical.labels(path, str(is_typical).lower())
+            for path in get_args(PathName)
+            for is_typical in (False, True)
+        }
             "carso_build_info",
             "1; the labels say what is running.",
             ["version", "bundle", "bundle_version", "checksum", "device", "provider", "precision"],
@@ -175,6 +186,11 @@ class Metrics:
 
     def _of_endpoint(self, endpoint: str, status: int) -> tuple[Counter, Histogram]:
         """Return the series themselves. They are kept: finding them by their labels takes longer than counting does."""
+    def typical(self, path: PathName, typical: Iterable[bool]) -> None:
+        """Count images by whether they are typical."""
+        for is_typical in typical:
+            self._typical[path, is_typical].inc()
+
         if (series := self._series.get((endpoint, status))) is None:
             series = self._series[endpoint, status] = (
                 self._requests.labels(endpoint, status),
