@@ -117,6 +117,41 @@ def test_a_file_that_is_refused_does_not_stop_the_others(server, image, tmp_path
     assert carso("classify", colour, "--resize", url=server.url).exit_code == 0
 
 
+def test_a_file_that_cannot_be_read_does_not_stop_the_others(server, image, tmp_path):
+    result = carso("classify", tmp_path / "none.png", tmp_path, image, "--json", url=server.url)
+    assert result.exit_code == 1
+    assert f"{tmp_path / 'none.png'}: No such file" in result.stderr
+    assert f"{tmp_path}: Is a directory" in result.stderr
+    assert json.loads(result.stdout)["file"] == str(image)
+
+
+def test_standard_input_is_a_file_too(server, image):
+    command = [sys.executable, "-m", "carso.command", "classify", "--json", "--seed", "1", "-"]
+    ended = subprocess.run(command, env=environment(url=server.url), input=PNG, capture_output=True, check=True)
+    line = json.loads(ended.stdout)
+    by_name = json.loads(carso("classify", "--json", "--seed", 1, image, url=server.url).stdout)
+    assert line["file"] == "-"
+    assert line["tally"] == by_name["tally"]
+
+
+@pytest.mark.parametrize(
+    ("first", "asked"),
+    [
+        (refusal(422, "wrong_shape"), 2),
+        (refusal(504, "deadline_exceeded"), 2),
+        (refusal(401, "unauthorized"), 1),
+        (refusal(403, "seed_refused"), 1),
+        (Reply(404, "<html>"), 1),
+        (refusal(500, "engine_failed"), 1),
+    ],
+)
+def test_the_other_files_are_sent_unless_they_would_fail_too(image, first, asked):
+    with scripted(first, LABEL_ONLY) as server:
+        result = carso("classify", "--json", image, image, url=server.url)
+    assert result.exit_code == 1
+    assert len(server.received) == asked
+
+
 def test_a_service_that_fails_is_asked_once_and_what_it_said_is_shown(image):
     with scripted(LABEL_ONLY, refusal(500, "engine_failed", "the engine failed")) as server:
         result = carso("classify", image, image, image, url=server.url)
@@ -141,7 +176,6 @@ def test_no_service_is_one_line_and_exit_status_1(args):
     [
         (),
         ("classify",),
-        ("classify", "no-such-file.png"),
         ("classify", __file__, "--fast", "--samples", "3"),
         ("classify", __file__, "--fast", "--seed", "3"),
         ("classify", __file__, "--samples", "0"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import io
 import pickle
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Any, Self
 
+import httpx
 import numpy as np
 import pytest
 from carso import (
@@ -26,10 +28,13 @@ from carso import (
     RequestRefused,
     Unavailable,
     UnexpectedAnswer,
+    UnusableVariable,
 )
 from carso.api import answers
 from carso.client import results
 from carso.client.call import GRACE
+from carso.client.connections import route_to
+from PIL import Image
 
 from tests.bundles import SMALL, shared_bundle
 from tests.calls import BATCH, COLOUR_PNG, ENDLESS, FEW, PIXELS, PNG, VALUES, in_flight, sample
@@ -76,8 +81,10 @@ def carso(connect, server) -> Iterator[Any]:
 
 @pytest.fixture(autouse=True)
 def no_variables(monkeypatch):
-    monkeypatch.delenv("CARSO_URL", raising=False)
-    monkeypatch.delenv("CARSO_API_KEY", raising=False)
+    proxies = [f"{scheme}_proxy" for scheme in ("http", "https", "all", "no")]
+    ours = ["CARSO_URL", "CARSO_API_KEY", "SSL_CERT_FILE", "SSL_CERT_DIR"]
+    for name in (*ours, *proxies, *map(str.upper, proxies)):
+        monkeypatch.delenv(name, raising=False)
 
 
 def test_both_clients_have_the_same_methods():
@@ -117,6 +124,12 @@ def test_every_way_to_give_images_gets_the_services_answer(carso, client, tmp_pa
         (VALUES, 3),
         (VALUES.astype(np.float64), 3),
         (npy, 3),
+        (bytearray(PNG), 1),
+        (memoryview(PNG), 1),
+        ([bytearray(file) for file in files], 3),
+        (Image.fromarray(PIXELS[0]), 1),
+        ([Image.fromarray(image) for image in PIXELS], 3),
+        (Image.open(io.BytesIO(PNG)), 1),
     ]:
         result = carso.classify(images, **options)
         assert [p.model_dump(mode="json") for p in result.predictions] == expected[:count]
@@ -125,14 +138,14 @@ def test_every_way_to_give_images_gets_the_services_answer(carso, client, tmp_pa
 def test_the_fast_path_gives_probabilities(carso, client):
     answer = client.post("/classify/fast", content=PNG, headers={"content-type": "image/png"}).json()
     result = carso.classify_fast(PNG)
-    assert [p.model_dump(mode="json") for p in result.predictions] == answer["predictions"]
+    assert [p.model_dump(mode="json", exclude_unset=True) for p in result.predictions] == answer["predictions"]
     assert result.bundle.model_dump() == answer["bundle"]
     assert result.provider == answer["provider"]
     assert 0 < result.timings.first_pass_ms < result.timings.total_ms
 
 
 def test_images_of_another_size_are_scaled_if_asked(carso):
-    large = encoded(np.zeros((20, 20), np.uint8))
+    large = encoded(np.arange(400, dtype=np.uint8).reshape(20, 20))
     assert carso.classify(large, resize=True).predictions
     assert carso.classify_fast(large, resize=True).predictions
     with pytest.raises(RequestRefused, match="wrong_shape"):
@@ -164,10 +177,33 @@ def test_what_is_not_an_image_is_refused_before_anything_is_sent(carso, tmp_path
         carso.classify([PIXELS[0]])
     with pytest.raises(TypeError, match="path, bytes, an array"):
         carso.classify(3)
+    with pytest.raises(TypeError, match="mode F"):
+        carso.classify(Image.fromarray(VALUES[0, 0]))
     with pytest.raises(FileNotFoundError):
         carso.classify(tmp_path / "none.png")
     with pytest.raises(ValueError, match="pickle"):
         carso.classify(np.array([None]))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "I;16", "CMYK", "YCbCr"])
+def test_an_image_of_pillows_is_sent_as_png_that_shows_the_same(connect, mode):
+    image = Image.new(mode, (3, 2))
+    with scripted(LABEL_ONLY) as server, connect(server.url) as client:
+        client.classify(image)
+    with Image.open(io.BytesIO(server.received[0].body)) as sent:
+        assert sent.format == "PNG"
+        assert np.array_equal(np.asarray(sent.convert("RGBA")), np.asarray(image.convert("RGBA")))
+
+
+def test_an_image_of_pillows_keeps_its_orientation_and_no_other_trace_of_its_origin(connect, tmp_path):
+    exif = Image.Exif()
+    exif[0x0112], exif[0x010E] = 6, "taken at home"
+    path = tmp_path / "photo.jpg"
+    Image.fromarray(PIXELS[0]).save(path, exif=exif)
+    with scripted(LABEL_ONLY) as server, connect(server.url) as client, Image.open(path) as photo:
+        client.classify(photo)
+    with Image.open(io.BytesIO(server.received[0].body)) as sent:
+        assert dict(sent.getexif()) == {0x0112: 6}
 
 
 def test_options_that_are_not_given_are_not_sent(connect):
@@ -246,6 +282,115 @@ def test_one_client_serves_many_threads(server):
     with Client(server.url) as client, ThreadPoolExecutor(4) as pool:
         found = list(pool.map(lambda seed: client.classify(PNG, seed=seed).predictions[0].seed, range(20)))
     assert found == list(range(20))
+
+
+# proxies and certificates, as the environment names them
+
+SERVICE = "http://vision.example"  # which only a proxy finds
+
+
+@pytest.mark.parametrize("variable", ["HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy"])
+@pytest.mark.parametrize("scheme", ["http://", ""])
+def test_a_proxy_of_the_environment_is_used(connect, monkeypatch, variable, scheme):
+    with scripted(LABEL_ONLY) as proxy:
+        monkeypatch.setenv(variable, scheme + proxy.url.removeprefix("http://"))
+        with connect(SERVICE) as client:
+            client.classify(PNG)
+    assert proxy.received[0].headers["host"] == "vision.example"
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1", "http://localhost", "http://[::1]", "http://127.1.2.3", SERVICE])
+def test_this_machine_needs_no_proxy(connect, monkeypatch, url):
+    monkeypatch.setenv("ALL_PROXY", "nonsense://nowhere")
+    if url == SERVICE:
+        with pytest.raises(UnusableVariable, match="ALL_PROXY"):
+            connect(url)
+    else:
+        with connect(url):
+            pass
+
+
+@pytest.mark.parametrize(
+    ("exceptions", "url", "direct"),
+    [
+        ("*", SERVICE, True),
+        ("vision.example", SERVICE, True),
+        ("example", SERVICE, True),
+        (".example", SERVICE, True),
+        ("*.example", SERVICE, True),
+        ("other.test, vision.example", SERVICE, True),
+        ("ision.example", SERVICE, False),
+        ("vision.example:80", SERVICE, True),
+        ("vision.example:8000", SERVICE, False),
+        ("vision.example:8000", f"{SERVICE}:8000", True),
+        ("::1,2001:db8::1", "http://[2001:db8::1]:8000", True),
+        ("[2001:db8::1]", "http://[2001:db8::1]", True),
+        ("[2001:db8::1]:8000", "http://[2001:db8::1]:8000", True),
+        ("[2001:db8::1]:8000", "http://[2001:db8::1]", False),
+        ("2001:db8:0:0::1", "http://[2001:db8::1]", True),
+        ("2001:db8::/32", "http://[2001:db8::1]", True),
+        ("2001:db9::/32", "http://[2001:db8::1]", False),
+        ("fd00::/8,10.0.0.0/8", "http://10.1.2.3:8000", True),
+        ("10.0.0.0/8", "http://11.1.2.3", False),
+        ("10.1.2.3", "http://10.1.2.3", True),
+        (",, [::1], 300.1.1.1/99, [", SERVICE, False),
+        ("", SERVICE, False),
+    ],
+)
+def test_no_proxy_is_read_as_curl_reads_it(monkeypatch, exceptions, url, direct):
+    monkeypatch.setenv("HTTP_PROXY", "http://proxy.test:3128")
+    monkeypatch.setenv("NO_PROXY", exceptions)
+    assert (route_to(httpx.URL(url)).proxy is None) is direct
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "url", "part"),
+    [
+        ("ALL_PROXY", "socks5://proxy.test:1080", SERVICE, r"httpx\[socks\]"),
+        ("HTTP_PROXY", "ftp://user:secret@proxy.test", SERVICE, "begins with one of"),
+        ("HTTPS_PROXY", "http://proxy:port", "https://vision.example", "not the URL of a proxy"),
+        ("https_proxy", "http://", "https://vision.example", "has a host"),
+        ("SSL_CERT_FILE", "/nowhere.pem", "https://vision.example", "No such file"),
+        ("SSL_CERT_FILE", __file__, "https://vision.example", "name a PEM file"),
+        ("SSL_CERT_DIR", "/nowhere", "https://vision.example", "not a folder"),
+    ],
+)
+def test_a_variable_that_cannot_be_used_is_named(connect, monkeypatch, variable, value, url, part):
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(UnusableVariable, match=part) as caught:
+        connect(url)
+    assert str(caught.value).startswith(variable)
+    assert "secret" not in str(caught.value)
+
+
+def test_without_tls_no_certificates_are_looked_at(connect, monkeypatch, server):
+    monkeypatch.setenv("SSL_CERT_FILE", "/nowhere.pem")
+    monkeypatch.setenv("SSL_CERT_DIR", "/nowhere")
+    monkeypatch.setenv("HTTPS_PROXY", "nonsense://nowhere")
+    with connect(server.url) as client:
+        assert client.classify(PNG).predictions
+
+
+def test_errors_name_the_proxy_but_not_its_password(connect, monkeypatch):
+    with silent_port() as port:
+        monkeypatch.setenv("HTTP_PROXY", url_of(port).replace("//", "//user:secret@"))
+        with connect(SERVICE, retries=0) as client, pytest.raises(Unavailable) as caught:
+            client.classify(PNG)
+        assert f"through the proxy {url_of(port)}, which HTTP_PROXY names" in str(caught.value)
+        assert "secret" not in str(caught.value)
+    with scripted(Reply(407, "<html>")) as proxy:
+        monkeypatch.setenv("HTTP_PROXY", proxy.url)
+        with connect(SERVICE) as client, pytest.raises(RequestRefused, match="through the proxy"):
+            client.classify(PNG)
+
+
+def test_a_netrc_file_does_not_replace_the_key(connect, monkeypatch, tmp_path):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1 login mine password other\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with scripted(LABEL_ONLY) as server, connect(server.url, api_key="secret-of-mine") as client:
+        client.classify(PNG)
+    assert server.received[0].headers["authorization"] == "Bearer secret-of-mine"
 
 
 # errors

@@ -14,7 +14,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from carso.client.clients import AsyncClient, Client
-    from carso.client.errors import CarsoError, DeadlineExceeded, RequestRefused, Unavailable, UnexpectedAnswer
+    from carso.client.errors import (
+        CarsoError,
+        DeadlineExceeded,
+        RequestRefused,
+        Unavailable,
+        UnexpectedAnswer,
+        UnusableVariable,
+    )
     from carso.client.images import Image, Images
     from carso.client.results import FastPrediction, FastResult, Info, RobustPrediction, RobustResult
     from carso.version import __version__
@@ -34,12 +41,20 @@ __all__ = [
     "RobustResult",
     "Unavailable",
     "UnexpectedAnswer",
+    "UnusableVariable",
     "__version__",
 ]
 
 _HOMES = {
     "carso.client.clients": ("AsyncClient", "Client"),
-    "carso.client.errors": ("CarsoError", "DeadlineExceeded", "RequestRefused", "Unavailable", "UnexpectedAnswer"),
+    "carso.client.errors": (
+        "CarsoError",
+        "DeadlineExceeded",
+        "RequestRefused",
+        "Unavailable",
+        "UnexpectedAnswer",
+        "UnusableVariable",
+    ),
     "carso.client.images": ("Image", "Images"),
     "carso.client.results": ("FastPrediction", "FastResult", "Info", "RobustPrediction", "RobustResult"),
     "carso.version": ("__version__",),

@@ -57,8 +57,10 @@ class Call(Generic[R]):
         patience: Patience,
         params: Mapping[str, object] | None = None,
         body: Body | None = None,
+        via: str = "",
     ) -> None:
-        """`build`: an httpx client's build_request. `model`: the answer's. `params` that are None are left out."""
+        """`build`: an httpx client's build_request. `model`: the answer's. `params` that are None are left out. `via`:
+        the proxy in words, for error messages."""
         self.request_id = secrets.token_hex(16)
         self._build = build
         self._method, self._path = method, path
@@ -66,6 +68,7 @@ class Call(Generic[R]):
         self._patience = patience
         self._params = {name: value for name, value in (params or {}).items() if value is not None}
         self._body = body
+        self._via = f" {via}" if via else ""
         self._end = None if patience.deadline is None else time.monotonic() + patience.deadline
         self._attempts = 0
 
@@ -162,7 +165,7 @@ class Call(Generic[R]):
             content = response.json()
             return str(content["error"]), str(content["message"]), str(content["request_id"])
         except (ValueError, TypeError, KeyError):
-            return None, f"{response.url} answers {status_line(response)}", self.request_id
+            return None, f"{response.url} answers {status_line(response)}{self._via}", self.request_id
 
     def _failure(self, error: httpx.RequestError) -> CarsoError:
         """Make the error of a request that got no answer."""
@@ -171,14 +174,14 @@ class Call(Generic[R]):
             if self._end is not None and time.monotonic() >= self._end:
                 return self._too_late()
             if isinstance(error, httpx.ConnectTimeout):
-                message = f"no connection to {url} in time"
+                message = f"no connection to {url} in time{self._via}"
             elif isinstance(error, httpx.PoolTimeout):
                 message = f"no free connection to {url} in time: make fewer calls at once, or allow more connections"
             else:
-                message = f"no answer from {url} in time: give a longer timeout, or a deadline"
+                message = f"no answer from {url} in time{self._via}: give a longer timeout, or a deadline"
             return Unavailable(message, request_id=self.request_id)
         reason = str(error) or type(error).__name__
-        return Unavailable(f"no answer from {url}: {reason}", request_id=self.request_id)
+        return Unavailable(f"no answer from {url}{self._via}: {reason}", request_id=self.request_id)
 
     def _too_late(self) -> DeadlineExceeded:
         tries = f"{self._attempts} attempt{'' if self._attempts == 1 else 's'}"

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import ssl
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Self
+from typing import Self, TypedDict
 
 import httpx
 
 from carso.client import DEFAULT_URL
 from carso.client.call import Call, Patience, R
+from carso.client.connections import route_to
 from carso.client.errors import Unavailable
 from carso.client.images import Images, body_of
 from carso.client.results import FastResult, Health, Info, RobustResult
@@ -22,6 +24,15 @@ from carso.version import __version__
 TIMEOUT = 60.0  # seconds
 RETRIES = 3
 CONNECTIONS = 100
+
+
+class _HttpxOptions(TypedDict):
+    base_url: str
+    headers: dict[str, str]
+    limits: httpx.Limits
+    proxy: httpx.Proxy | None
+    verify: ssl.SSLContext | bool
+    trust_env: bool
 
 
 class _Calls:
@@ -36,6 +47,18 @@ class _Calls:
             raise ValueError("the API key must hold printable ASCII characters only, and no spaces")
         self._headers = {"user-agent": f"carso/{__version__}"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._timeout, self._retries = timeout, retries
+        self._route = route_to(httpx.URL(self.url))
+
+    def _options_of_httpx(self, connections: int) -> _HttpxOptions:
+        """What both of httpx's clients are made with. They look at the environment no more: the route did."""
+        return {
+            "base_url": self.url,
+            "headers": self._headers,
+            "limits": httpx.Limits(max_connections=connections, max_keepalive_connections=connections),
+            "proxy": self._route.proxy,
+            "verify": self._route.verify,
+            "trust_env": False,
+        }
 
     def _robust(self, images: Images, options: Mapping[str, object], deadline: float | None) -> Call[RobustResult]:
         return Call(
@@ -43,6 +66,7 @@ class _Calls:
             "POST",
             "/classify",
             model=RobustResult,
+            via=self._route.via,
             patience=Patience(timeout=self._timeout, retries=self._retries, deadline=deadline, tell=True),
             params=options,
             body=body_of(images),
@@ -54,6 +78,7 @@ class _Calls:
             "POST",
             "/classify/fast",
             model=FastResult,
+            via=self._route.via,
             patience=Patience(timeout=self._timeout, retries=self._retries, deadline=deadline),
             params=options,
             body=body_of(images),
@@ -61,12 +86,12 @@ class _Calls:
 
     def _info(self) -> Call[Info]:
         patience = Patience(timeout=self._timeout, retries=self._retries)
-        return Call(self._http.build_request, "GET", "/info", model=Info, patience=patience)
+        return Call(self._http.build_request, "GET", "/info", model=Info, patience=patience, via=self._route.via)
 
     def _probe(self, path: str) -> Call[Health]:
         """Ask once: whoever probes asks about this moment."""
         patience = Patience(timeout=self._timeout, retries=0)
-        return Call(self._http.build_request, "GET", path, model=Health, patience=patience)
+        return Call(self._http.build_request, "GET", path, model=Health, patience=patience, via=self._route.via)
 
 
 class Client(_Calls):
@@ -93,12 +118,13 @@ class Client(_Calls):
         `url`: the service's, which may have a path; default: the variable CARSO_URL, else http://127.0.0.1:8000.
         `api_key`: default: the variable CARSO_API_KEY, else none. `timeout`: seconds that each wait for the service may
         take. `retries`: how often one call is sent again, at most. `connections`: how many are open at once, at most.
-        Raises ValueError for a URL or key that cannot be one.
+        Raises ValueError for a URL or key that cannot be one, and UnusableVariable for a proxy or a file of
+        certificates that the environment names and that cannot be used.
 
             client = Client("https://vision.example", api_key="...", timeout=10, retries=5)
         """
         super().__init__(url=url, api_key=api_key, timeout=timeout, retries=retries)
-        self._http = httpx.Client(base_url=self.url, headers=self._headers, limits=_limits(connections))
+        self._http = httpx.Client(**self._options_of_httpx(connections))
 
     def classify(
         self,
@@ -224,7 +250,7 @@ class AsyncClient(_Calls):
         client = AsyncClient("https://vision.example", connections=500)
         """
         super().__init__(url=url, api_key=api_key, timeout=timeout, retries=retries)
-        self._http = httpx.AsyncClient(base_url=self.url, headers=self._headers, limits=_limits(connections))
+        self._http = httpx.AsyncClient(**self._options_of_httpx(connections))
 
     async def classify(
         self,
@@ -316,10 +342,6 @@ def checked_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"{url!r} is not an http or https URL: give one such as {DEFAULT_URL}")
     return url
-
-
-def _limits(connections: int) -> httpx.Limits:
-    return httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
 
 
 def _options(*, resize: bool, **options: object) -> dict[str, object]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import math
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from carso.client.tables import Prediction
 
 FAILED = 1
+STANDARD_INPUT = Path("-")
+OF_THE_CALLER = (401, 403, 404)  # statuses that every file would get: a bad key, a seed, another server's URL
 RANDOM_BATCHES = 256  # that `bench` sends in turn: enough not to measure a few images, and made before the clock starts
 
 
@@ -47,9 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 def classify(
     files: Annotated[
         list[Path],
-        typer.Argument(
-            metavar="FILE...", exists=True, dir_okay=False, readable=True, help="Images, or .npy files of many."
-        ),
+        typer.Argument(metavar="FILE...", help="Images, or .npy files of many; - is standard input."),
     ],
     *,
     fast: Fast = False,
@@ -63,11 +64,11 @@ def classify(
 ) -> None:
     """Classify images; with --json, a line for each.
 
-    If a file is refused, the others are still classified.
+    If a file cannot be read or is refused, the others are still classified.
     """
     if fast and (samples, risk, seed) != (None, None, None):
         raise typer.BadParameter("--samples, --risk and --seed are for the robust path: leave out these, or --fast")
-    from carso import CarsoError, Client, RequestRefused
+    from carso import CarsoError, Client, DeadlineExceeded, RequestRefused
     from carso.client import tables
 
     rows: list[tuple[str, Prediction]] = []
@@ -76,16 +77,21 @@ def classify(
         for file in files:
             result: RobustResult | FastResult
             try:
+                image = sys.stdin.buffer.read() if file == STANDARD_INPUT else file
                 if fast:
-                    result = client.classify_fast(file, resize=resize, deadline=deadline)
+                    result = client.classify_fast(image, resize=resize, deadline=deadline)
                 else:
                     result = client.classify(
-                        file, samples=samples, risk=risk, seed=seed, resize=resize, deadline=deadline
+                        image, samples=samples, risk=risk, seed=seed, resize=resize, deadline=deadline
                     )
-            except (CarsoError, OSError) as e:
+            except OSError as e:
+                _complain(f"{file}: {e.strerror or e}")
+                failed = True
+                continue
+            except CarsoError as e:
                 _complain(f"{file}: {e}")
                 failed = True
-                if isinstance(e, (RequestRefused, OSError)):
+                if isinstance(e, (RequestRefused, DeadlineExceeded)) and e.status not in OF_THE_CALLER:
                     continue
                 break  # the other files would fail too
             predictions: Sequence[Prediction] = result.predictions

@@ -4,7 +4,8 @@ CarsoError
 ├── RequestRefused      the same request would be refused again: change it
 ├── Unavailable         no connection, no answer, or too much work: try later, or elsewhere
 ├── DeadlineExceeded    your own deadline passed: give more time
-└── UnexpectedAnswer    a fault of the service, or the URL of another server
+├── UnexpectedAnswer    a fault of the service, or the URL of another server
+└── UnusableVariable    HTTP_PROXY, SSL_CERT_FILE or the like: mend it
 
 from carso import Client, RequestRefused, Unavailable
 
@@ -49,7 +50,7 @@ class CarsoError(Exception):
     def __str__(self) -> str:
         name = f"{self.error}: " if self.error else ""
         status = f"HTTP {self.status}, " if self.status else ""
-        return f"{name}{self.message} ({status}request {self.request_id})"
+        return f"{name}{self.message}" + (f" ({status}request {self.request_id})" if self.request_id else "")
 
 
 class RequestRefused(CarsoError):
@@ -62,6 +63,11 @@ class Unavailable(CarsoError):
 
 class DeadlineExceeded(CarsoError):
     """The deadline passed without an answer. The service says so (504), or the client's own clock (no status)."""
+
+
+class UnusableVariable(CarsoError):
+    """A variable of the environment names a proxy or certificates that cannot be used. A client raises it when it is
+    made."""
 
 
 class UnexpectedAnswer(CarsoError):

@@ -8,17 +8,21 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import httpx
 
 if TYPE_CHECKING:
     import numpy as np
+    import PIL.Image
 
-Image: TypeAlias = "str | os.PathLike[str] | bytes"  # a path, or an encoded image
+# a path, an encoded image, or an image that Pillow has opened or made
+Image: TypeAlias = "str | os.PathLike[str] | bytes | bytearray | memoryview | PIL.Image.Image"
 Images: TypeAlias = "Image | Sequence[Image] | np.ndarray[Any, np.dtype[Any]]"
 
 NPY = "application/x-npy"
+_PNG_MODES = frozenset(("1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16"))  # that PNG holds as they are
+_ORIENTATION = 0x0112  # in Exif
 _TYPES = {  # by a file's first bytes
     b"\x93NUMPY": NPY,
     b"\xff\xd8": "image/jpeg",
@@ -36,18 +40,21 @@ class Body:
 
 
 def body_of(images: Images) -> Body:
-    """Make the body of a request: one image as it is, several as multipart, an array as .npy.
+    """Make the body of a request: one image as it is, several as multipart, an array as .npy, Pillow's images as PNG.
 
     An array is [H, W], [C, H, W], [N, H, W] (one channel) or [N, C, H, W]; floating point in the bundle's range, or
     uint8. Raises OSError for a file that cannot be read, TypeError, and ValueError for an empty sequence.
     """
     if _is_array(images):
         return Body(_npy(images), NPY)
-    if isinstance(images, (str, os.PathLike, bytes)):
+    if isinstance(images, (str, os.PathLike, bytes, bytearray, memoryview)):
         images = [images]
+    elif _is_pillows(images):
+        images = [cast("Image", images)]
     if not isinstance(images, Sequence):
         raise TypeError(
-            f"images is a {type(images).__name__}: give a path, bytes, an array, or a list of paths or bytes"
+            f"images is a {type(images).__name__}: give a path, bytes, an array, an image of Pillow's, or a list of "
+            "paths, bytes or such images"
         )
     if not images:
         raise ValueError("images is empty: give at least one")
@@ -65,6 +72,26 @@ def _is_array(images: object) -> bool:
     return numpy is not None and isinstance(images, numpy.ndarray)
 
 
+def _is_pillows(image: object) -> bool:
+    """Tell without importing Pillow: where nobody has imported it, there is no such image."""
+    pillow = sys.modules.get("PIL.Image")
+    return pillow is not None and isinstance(image, pillow.Image)
+
+
+def _png(image: Any) -> bytes:
+    """Encode an image of Pillow's without loss, and its orientation, but none of the rest that a photo tells."""
+    if image.mode == "F":
+        raise TypeError("an image of Pillow's has mode F, floating point, which no file format holds: give an array")
+    exif = type(image.getexif())()
+    if orientation := image.getexif().get(_ORIENTATION):
+        exif[_ORIENTATION] = orientation
+    if image.mode not in _PNG_MODES:
+        image = image.convert("RGB")
+    file = io.BytesIO()
+    image.save(file, "PNG", exif=exif)
+    return file.getvalue()
+
+
 def _npy(array: Any) -> bytes:
     import numpy as np
 
@@ -74,12 +101,15 @@ def _npy(array: Any) -> bytes:
 
 
 def _read(image: object) -> bytes:
-    if isinstance(image, bytes):
-        return image
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return bytes(image)
     if isinstance(image, (str, os.PathLike)):
         return Path(image).read_bytes()
+    if _is_pillows(image):
+        return _png(image)
     raise TypeError(
-        f"an image is a {type(image).__name__}: give a path or bytes, or join arrays of one shape with numpy.stack"
+        f"an image is a {type(image).__name__}: give a path, bytes or an image of Pillow's, or join arrays of one "
+        "shape with numpy.stack"
     )
 
 
