@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 from carso.bundle import Cell, Threat
+from carso.client.results import Info
+from carso.client.tables import facts
 from carso_training.recipe import PRESETS
 from carso_training.robustness.card import model_card
 from carso_training.robustness.published import DEFENCES, PUBLISHED_ACCURACIES
@@ -58,3 +60,21 @@ def test_the_model_card_explains_the_kinds_of_accuracy_that_it_shows_and_no_othe
     assert "Adaptive accuracy" not in transfer
     both = model_card(recipe, [cell("carso", PGD), cell("carso", ADAPTIVE)], risk=1e-6)
     assert "transfer accuracy" in both and "Adaptive accuracy" in both
+
+
+def test_carso_info_leads_with_the_accuracy_under_adaptive_attack() -> None:
+    measured = Threat(attack="adaptive", norm="linf", eps=0.3, sees="system", settings={"effort": "thorough"})
+    table = [cell("carso", measured, correct=61), cell("classifier", measured), cell("carso", PGD)]
+    bundle = {"name": "b", "version": "1", "checksum": "0" * 64, "dataset": "mnist", "classes": ["0"], "samples": 9}
+    limits = dict.fromkeys(("max_samples", "max_images", "max_body_bytes", "max_pixels"), 1)
+    answer = {
+        "version": "1",
+        "bundle": bundle | {"input": {"shape": [1, 28, 28], "low": 0, "high": 1}},
+        "device": {"asked": "cpu", "provider": "CPU", "precision": "float32"},
+        "limits": limits | {"allow_seed": False, "evidence": "full"},
+        "risk": 0.001,
+        "media_types": [],
+    }
+    assert ("under adaptive attack", "not measured") in facts(Info.model_validate(answer))
+    answer["bundle"]["table"] = [each.model_dump() for each in table]
+    assert ("under adaptive attack", "61.0 % of 100 at eps 0.30") in facts(Info.model_validate(answer))

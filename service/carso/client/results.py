@@ -93,6 +93,25 @@ class InputSpec(_Value):
     shape: tuple[int, int, int]  # channels, height, width
     low: float  # the range of floating-point values
     high: float
+    background: float = 0  # the value round the subject
+    expects: str = ""  # for people: what the images show, and how
+
+
+class Threat(_Value):
+    """What an attacker did."""
+
+    attack: str  # "adaptive": all that an attacker could do who knows everything
+    norm: str
+    eps: float
+
+
+class Cell(_Value):
+    """One measured accuracy."""
+
+    defence: str  # "carso": the robust path; "classifier": the fast path
+    threat: Threat
+    correct: int
+    images: int
 
 
 class BundleInfo(BundleName):
@@ -102,6 +121,7 @@ class BundleInfo(BundleName):
     classes: tuple[str, ...]
     input: InputSpec
     samples: int  # votes counted by default
+    table: tuple[Cell, ...] = ()  # measured accuracies, those under adaptive attack first
 
 
 class DeviceInfo(_Value):
@@ -121,10 +141,10 @@ class Limits(_Value):
     max_pixels: int
     allow_seed: bool
     evidence: str  # full or label
-
-
     typical: str | None = None  # the paths that say whether an image is typical: robust, all or off
     untypical: str | None = None  # what happens to an image that is not: mark or refuse
+
+
 class Info(_Value):
     """The answer of `info`."""
 

@@ -34,7 +34,7 @@ def row(name: str, prediction: Prediction) -> Sequence[str]:
 
 
 def warnings(name: str, prediction: Prediction) -> list[str]:
-    """Say what deserves attention: paths that disagree, and a count that the deadline ended."""
+    """Say what deserves attention: an image unlike all known ones, paths that disagree, a count cut by a deadline."""
     found = []
     if prediction.typical is False:
         found.append(
@@ -55,11 +55,18 @@ def warnings(name: str, prediction: Prediction) -> list[str]:
 def facts(answer: Info) -> list[Sequence[str]]:
     """Make rows of what a service says of itself."""
     bundle, limits = answer.bundle, answer.limits
+    adaptive = [
+        f"{100 * cell.correct / cell.images:.1f} % of {cell.images} at eps {cell.threat.eps:.2f}"
+        for cell in bundle.table
+        if cell.threat.attack == "adaptive" and cell.defence == "carso"
+    ]
     return [
         ("service", answer.version),
         ("bundle", f"{bundle.name} {bundle.version}, {bundle.checksum[:12]}"),
+        ("under adaptive attack", "; ".join(adaptive) or "not measured"),
         ("classes", f"{len(bundle.classes)}: {', '.join(bundle.classes)}"),
         ("input", f"{list(bundle.input.shape)} in [{bundle.input.low:g}, {bundle.input.high:g}]"),
+        *([("images", bundle.input.expects)] if bundle.input.expects else []),
         ("votes", f"{bundle.samples} at risk {answer.risk:g}, at most {limits.max_samples}"),
         ("device", f"{answer.device.provider}, {answer.device.precision}"),
         ("per request", f"{limits.max_images} images, {limits.max_body_bytes} bytes, {limits.max_pixels} pixels"),
