@@ -34,11 +34,17 @@ def test_the_table_lists_what_the_endpoint_shows_with_types_and_labels(client):
                 found[name] = (family.type, {label for sample in family.samples for label in sample.labels} - {"le"})
         return found
 
-    comes_to(lambda: shown() | GPU_METRICS, documented())  # a request is counted when its answer is out
+    comes_to(lambda: shown() | GPU_METRICS | KEY_METRICS, documented())  # a request is counted when its answer is out
 
 
 GPU_METRICS = {
     f"carso_gpu_{name}": ("gauge", {"gpu"}) for name in ("memory_used_bytes", "memory_total_bytes", "utilization_ratio")
+}
+
+# where callers need keys
+KEY_METRICS = {
+    "carso_caller_requests_total": ("counter", {"caller", "status"}),
+    "carso_caller_rows_total": ("counter", {"caller"}),
 }
 
 

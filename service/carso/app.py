@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, get_args
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
@@ -48,8 +49,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_FORKED = 3  # exit status of a worker that cannot start; gunicorn then ends too
 CHECKED: dict[Checked, tuple[PathName, ...]] = {"robust": ("robust",), "all": ("fast", "robust"), "off": ()}
+_FORKED = 3  # exit status of a worker that cannot start; gunicorn then ends too
 
 DESCRIPTION = (
     "Adversarially robust image classification: `/classify` counts votes over purified versions of an image, "
@@ -83,12 +84,12 @@ def build(settings: Settings) -> Service:
             f"{settings.called('max_samples')}: {settings.max_samples} is not allowed with bundle {manifest.name}; it "
             f"must be at least {manifest.samples}, the votes that the bundle counts by default"
         )
-    sessions = _sessions(bundle, settings)
     if settings.untypical == "refuse" and manifest.typical is None:
         raise SettingsError(
             f"{settings.called('untypical')}: refuse is not allowed with bundle {manifest.name}: it has no thresholds "
             "of typical images. Add them with `carso-train typical`, or set it to mark"
         )
+    sessions = _sessions(bundle, settings)
     provider = sessions.provider
     metrics = Metrics(bundle, device=settings.device, provider=provider, precision=settings.precision)
     engine = Engine(
@@ -114,6 +115,8 @@ def build(settings: Settings) -> Service:
         description=DESCRIPTION,
         lifespan=_lifespan(engine, lifecycle, pool, tracing, served=served),
         redoc_url=None,
+        redirect_slashes=False,  # a redirect would repeat the Host that the client sent, and forget https
+        root_path=settings.root_path,
     )
     options = robust_options(samples=manifest.samples, max_samples=settings.max_samples, risk=settings.risk)
     intake = Intake(Reader(manifest.input, max_images=settings.max_images, max_pixels=settings.max_pixels), pool)
@@ -124,11 +127,11 @@ def build(settings: Settings) -> Service:
         classes=manifest.classes,
         allow_seed=settings.allow_seed,
         evidence=settings.evidence,
+        bounds=manifest.typical,
+        untypical=settings.untypical,
     )
     native = Native(
         classification,
-        bounds=manifest.typical,
-        untypical=settings.untypical,
         intake,
         bundle,
         options,
@@ -148,10 +151,10 @@ def build(settings: Settings) -> Service:
             provider=provider,
             max_images=settings.max_images,
             evidence=settings.evidence,
+            tells_typical=manifest.typical is not None and path in CHECKED[settings.typical],
         )
         for path in get_args(PathName)
     ]
-            tells_typical=manifest.typical is not None and path in CHECKED[settings.typical],
     open_inference.add_to(app, models, probes)
     if keys:
         app.openapi = openapi.guarded(app, but=PROBES)  # type: ignore[method-assign]  # FastAPI's own way to do it
@@ -169,7 +172,15 @@ def build(settings: Settings) -> Service:
     )
     if tracing:
         app.add_middleware(tracing.around)
-    return Service(app, lifecycle, engine.abandon, partial(unread, metrics))
+    if settings.cors_origins:
+        app.add_middleware(
+            CORSMiddleware,  # outermost: a browser's preflight carries no key
+            allow_origins=settings.cors_origins.split(","),
+            allow_methods=("GET", "HEAD", "POST"),
+            allow_headers=("*",),
+            expose_headers=("X-Request-ID", "Retry-After"),
+        )
+    return Service(app, lifecycle, engine.abandon, partial(_reload, keys), partial(unread, metrics))
 
 
 def _sessions(bundle: Bundle, settings: Settings) -> Sessions:
@@ -227,9 +238,22 @@ def _keys(settings: Settings) -> ApiKeys | None:
     if settings.api_keys_file is None:
         return None
     try:
-        return ApiKeys.read(settings.api_keys_file)
+        return ApiKeys(settings.api_keys_file)
     except BadKeys as e:
         raise SettingsError(f"{settings.called('api_keys_file')}: {e}") from None
+
+
+def _reload(keys: ApiKeys | None) -> None:
+    """Read the file of keys again. Requests in flight, which were let in, go on."""
+    if keys is None:
+        log.warning("SIGHUP reads the API keys again, and this service has none: restart it to change a setting")
+        return
+    try:
+        keys.reload()
+    except BadKeys as e:
+        log.error("the API keys stay as they were: %s", e)
+    else:
+        log.info("the API keys were read again")
 
 
 def _tracing(settings: Settings) -> Tracing:

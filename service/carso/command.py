@@ -31,6 +31,8 @@ def main() -> None:
     if "serve" in sys.argv[1:2]:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)
+        if sys.platform != "win32":
+            signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server takes over, which reads the keys again
     is_serving = "serve" in sys.argv[1:2] or "_CARSO_COMPLETE" in os.environ  # the latter is a shell that completes
     command_line(with_settings=is_serving)(prog_name="carso")
 
@@ -95,7 +97,7 @@ def serve(**options: object) -> None:
         _exit(e, CANNOT_START)
     except ModuleNotFoundError as e:
         _exit(f"the service needs {e.name}, which is not installed: {INSTALL}", CANNOT_START)
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     for name in unknown_variables():
         log.warning("%s is in the environment but is not a setting of this service", name)
     try:

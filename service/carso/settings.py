@@ -89,6 +89,12 @@ class Settings(BaseModel):
     port: int = _network(
         default=8000, ge=0, le=65535, description="Port to listen on. 0 takes any free port; the log names it."
     )
+    root_path: str = _network(
+        default="",
+        shown="none",
+        pattern=r"^(/[A-Za-z0-9._~-]+)*$",
+        description="Path below which a proxy shows the service, such as /carso. It may cut it off or pass it on.",
+    )
     receive_timeout_s: float = _network(
         default=30,
         ge=0.1,
@@ -194,8 +200,8 @@ class Settings(BaseModel):
     api_keys_file: FilePath | None = _security(
         default=None,
         shown="none: callers need no key",
-        description="File of API keys, one a line. Callers must send one of them. Probes and metrics need none. The "
-        "service reads the file once, at the start.",
+        description="File of API keys, a line `name: key` or `name: key rate=ROWS` for each, with a rate in rows of "
+        "work per second. Callers must send one of the keys; probes and metrics need none. SIGHUP reads it again.",
     )
     allow_seed: bool = _security(
         default=True,
@@ -207,12 +213,6 @@ class Settings(BaseModel):
         description="label limits answers to labels. Tallies, scores and timings, which an attacker can learn from, "
         "are left out.",
     )
-    tracing: bool = _telemetry(
-        default=False,
-        description="Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT. This needs carso[tracing].",
-    )
-    log_level: Literal["debug", "info", "warning", "error"] = _telemetry(
-        default="info", description="Least level that is logged, as JSON lines on standard error."
     cors_origins: str | None = _security(
         default=None,
         shown="none: no other page's script may call",
@@ -232,6 +232,16 @@ class Settings(BaseModel):
         description="mark answers `typical: false`. refuse answers 422 to a request with such an image. It needs a "
         "bundle with thresholds, and CARSO_TYPICAL other than off.",
     )
+    tracing: bool = _telemetry(
+        default=False,
+        description="Send OpenTelemetry traces to OTEL_EXPORTER_OTLP_ENDPOINT. This needs carso[tracing].",
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = _telemetry(
+        default="info", description="Least level that is logged, on standard error."
+    )
+    log_format: Literal["auto", "json", "text"] = _telemetry(
+        default="auto",
+        description="Form of a line of the log. auto is text if standard error is a terminal, and JSON otherwise.",
     )
 
     @classmethod
@@ -263,6 +273,11 @@ class Settings(BaseModel):
         images, samples = self.called("max_images"), self.called("max_samples")
         self._at_least("queue_rows", largest, f"what {images} {self.max_images} at {samples} {self.max_samples} owe")
         self._at_least("fast_queue_rows", self.max_images, images)
+        if self.untypical == "refuse" and self.typical == "off":
+            raise SettingsError(
+                f"{self.called('untypical')}: refuse is not allowed with {self.called('typical')} off: nothing "
+                "would be found to refuse"
+            )
         self._at_least("bodies_bytes", self.max_body_bytes, self.called("max_body_bytes"))
         return self
 
@@ -273,11 +288,6 @@ class Settings(BaseModel):
                 f"({because}), or the service would refuse the largest request every time"
             )
 
-        if self.untypical == "refuse" and self.typical == "off":
-            raise SettingsError(
-                f"{self.called('untypical')}: refuse is not allowed with {self.called('typical')} off: nothing "
-                "would be found to refuse"
-            )
 
 def variable(field: str) -> str:
     """Name the environment variable of a setting: CARSO_PORT."""

@@ -19,6 +19,7 @@ from carso.choices import Evidence, PathName, Untypical
 from carso.errors import ClientGone, DeadlineExceeded, SeedRefused, UntypicalImage
 from carso.http.disconnect import WhileConnected
 from carso.http.exchange import Exchange
+from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineStopped
 from carso.inference.jobs import Job, Result, VotePlan
 from carso.options import RobustOptions
@@ -45,9 +46,9 @@ class Classification:
         classes: tuple[str, ...],
         allow_seed: bool,
         evidence: Evidence,
-    ) -> None:
         bounds: Typical | None,
         untypical: Untypical,
+    ) -> None:
         """`trace` is called with every finished job. `evidence`: "label" withholds tallies, scores and timings.
         `bounds`: the thresholds of typical images; None: the bundle has none.
         """
@@ -57,9 +58,9 @@ class Classification:
         self._classes = classes
         self._allow_seed = allow_seed
         self._label_only = evidence == "label"
-
         self._bounds = bounds
         self._refuses_untypical = untypical == "refuse"
+
     def check(self, path: PathName) -> None:
         """Raise QueueFull if not even one image fits: before a body is read, so that a full queue costs no more."""
         self._engine.admission[path].check(1)
@@ -110,14 +111,13 @@ class Classification:
     ) -> Classified:
         exchange.labels = [prediction["label"] for prediction in predictions]
         exchange.timings = timings
-        if self._label_only:
         self._metrics.typical(path, (prediction["typical"] for prediction in predictions if "typical" in prediction))
         if self._refuses_untypical:
             self._check_typical(predictions)
+        if self._label_only:
             return Classified([answers.label_only(prediction) for prediction in predictions], None)
         return Classified(predictions, timings)
 
-    async def _run(self, request: Request, job: Job) -> Result:
     def _check_typical(self, predictions: list[dict[str, Any]]) -> None:
         """Raise UntypicalImage if one of the images is not typical."""
         for index, prediction in enumerate(predictions):
@@ -133,15 +133,22 @@ class Classification:
                     "images: send one of the kind that /info describes, with its polarity, framing and scale"
                 )
 
-        Exchange.of(request.scope).images = len(job.images)
+    async def _run(self, request: Request, job: Job) -> Result:
+        exchange = Exchange.of(request.scope)
+        exchange.images = len(job.images)
+        exchange.charge(job.rows)
         try:
             async with WhileConnected(request.receive):
                 result = await self._engine.run(job)
+        except QueueFull:
+            exchange.charge(-job.rows)
+            raise
         except ClientGone:
             self._metrics.cancellation("client_gone")
             raise
         except EngineStopped:
             self._metrics.cancellation("stopping")
             raise
+        exchange.charge(len(job.images) + sum(outcome.votes for outcome in result.outcomes) - job.rows)
         self._trace(job, result)
         return result

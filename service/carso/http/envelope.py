@@ -18,7 +18,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from carso.complaints import shown
 from carso.errors import BodyTooLarge, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
-from carso.http.exchange import Exchange
+from carso.http.exchange import Exchange, without_prefix
 from carso.http.keys import ApiKeys
 from carso.http.refusals import answer, as_request_error
 from carso.http.statuses import STATUS
@@ -81,12 +81,17 @@ class Envelope:
         exchange = Exchange(request_id=_request_id(headers.get(b"x-request-id", b"")))
         if trace := TRACEPARENT.fullmatch(headers.get(b"traceparent", b"")):
             exchange.trace_id = trace[1].decode()
+        method: str = scope["method"]
+        if method == "HEAD":  # wherever there is GET; the server leaves out the body
+            scope = {**scope, "method": "GET"}
         exchange.attach(scope)
-        path: str = scope["path"]
+        path = without_prefix(scope)
         send = _with_headers(send, exchange, path=path, closing=self._lifecycle.draining)
         try:
             if self._keys is not None and path not in PROBES:
-                self._keys.check(headers.get(b"authorization", b""))
+                exchange.caller = self._keys.check(headers.get(b"authorization", b""))
+                if method == "POST":  # before the body is read, so that a caller who has used up its rate costs little
+                    exchange.caller.check()
             await self._app(scope, self._limited(receive, headers, exchange), send)
         except Exception as e:  # whatever no handler below has turned into an answer
             known = as_request_error(e)
@@ -107,7 +112,7 @@ class Envelope:
             self._held -= exchange.body_bytes
             endpoint = path if path in self._endpoints else "other"
             level = logging.DEBUG if path in PROBES else logging.INFO
-            _account(self._metrics, exchange, endpoint=endpoint, method=scope["method"], level=level)
+            _account(self._metrics, exchange, endpoint=endpoint, method=method, level=level)
 
     def _limited(self, receive: Receive, headers: dict[bytes, bytes], exchange: Exchange) -> Receive:
         """Return a `receive` that takes no more of a body than is allowed, and waits no longer for it than is allowed.
@@ -180,6 +185,8 @@ def unread(metrics: Metrics, error: RequestError) -> bytes:
 def _account(metrics: Metrics, exchange: Exchange, *, endpoint: str, method: str, level: int) -> None:
     seconds = time.monotonic() - exchange.arrived
     metrics.request(endpoint=endpoint, status=exchange.status, seconds=seconds)
+    if exchange.caller is not None:
+        metrics.caller(exchange.caller.name, status=exchange.status, rows=exchange.rows)
     if exchange.error is not None:
         metrics.refusal(exchange.error)
     if log.isEnabledFor(level):

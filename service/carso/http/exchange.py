@@ -7,6 +7,8 @@ from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+from carso.http.keys import Caller
+
 _KEY = "carso.exchange"
 
 
@@ -18,6 +20,8 @@ class Exchange:
     arrived: float = field(default_factory=time.monotonic)
     status: int = 0  # HTTP status of the answer; 0: no answer was begun
     body_bytes: int = 0  # of its body, as far as they count towards the bodies in flight
+    caller: Caller | None = None  # whose key the request has; None: the service asks for none, or it has no valid one
+    rows: int = 0  # of work, which the caller is charged for
     trace_id: str | None = None
     error: str | None = None  # its name
     images: int | None = None
@@ -35,7 +39,23 @@ class Exchange:
         """Return the exchange of a request that came through the envelope. Raises KeyError for any other."""
         return cast("Exchange", scope[_KEY])
 
+    def charge(self, rows: int) -> None:
+        """Charge the caller for work before it is done; a negative number gives back. Raises Overloaded."""
+        if self.caller is not None:
+            if rows > 0:
+                self.caller.check()
+            self.caller.charge(rows)
+            self.rows += rows
+
     def learnt(self) -> dict[str, object]:
         """Return, by name, what the log says of the request beyond its line and its status."""
         names = ("trace_id", "error", "images", "labels", "votes", "agree", "timings")
-        return {name: value for name in names if (value := getattr(self, name)) is not None}
+        known = {name: value for name in names if (value := getattr(self, name)) is not None}
+        return known if self.caller is None else {"caller": self.caller.name, **known}
+
+
+def without_prefix(scope: Mapping[str, Any]) -> str:
+    """Return the path of a request below CARSO_ROOT_PATH, whether or not the proxy in front has cut that off."""
+    path: str = scope["path"]
+    prefix: str = scope.get("root_path", "")
+    return path.removeprefix(prefix) if path.startswith(f"{prefix}/") else path

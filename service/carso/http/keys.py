@@ -1,60 +1,139 @@
-"""API keys: who may use the service."""
+"""API keys: who may use the service, and how much of it."""
 
 from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import re
-from collections.abc import Iterable
+from collections.abc import Mapping
 from pathlib import Path
+from time import monotonic
 
-from carso.errors import Unauthorized
+from carso.errors import Overloaded, Unauthorized
 
 SHORTEST = 16  # characters: an attacker guesses as often as requests can be sent
-_TOKEN = re.compile(r"[A-Za-z0-9._~+/=-]+")  # what a bearer token may hold (RFC 6750)
-_BEARER = re.compile(rb"bearer +([A-Za-z0-9._~+/=-]{1,1024}) *", re.IGNORECASE)
+UNNAMED = "unnamed"  # the caller whose keys have no name
+SAVED_UP = 10.0  # seconds: the work that a caller who was idle may ask for at once, at its rate
+_LINE = re.compile(
+    r"(?:(?P<name>[A-Za-z0-9._-]{1,64}): *)?"
+    rf"(?P<key>[A-Za-z0-9._~+/=-]{{{SHORTEST},1024}})"
+    r"(?: +rate=(?P<rate>[0-9]{1,12}))?"
+)
+_BEARER = re.compile(rb"bearer +([A-Za-z0-9._~+/=-]{1,1024}) *", re.IGNORECASE)  # what a token may hold (RFC 6750)
 
 
 class BadKeys(Exception):  # noqa: N818  of the file, not of the program
     """A file of keys cannot be used. The message never shows a key."""
 
 
+class Caller:
+    """Whoever has a key: its name, and the rate at which it may ask for work, in rows per second.
+
+    Rows are saved up for SAVED_UP seconds. A request is let in as long as there are some left, whatever it costs, so
+    that the largest one can be sent at any rate; the debt that it leaves has to be paid off before the next.
+    """
+
+    def __init__(self, name: str, rate: int | None) -> None:
+        """`rate`: None for as much as there is."""
+        self.name = name
+        self.rate = rate
+        self._left = math.inf if rate is None else rate * SAVED_UP
+        self._at = monotonic()
+
+    def check(self) -> None:
+        """Raise Overloaded if this caller has no rows left."""
+        if self.rate is None:
+            return
+        now = monotonic()
+        self._left = min(self._left + (now - self._at) * self.rate, self.rate * SAVED_UP)
+        self._at = now
+        if self._left <= 0:
+            wait = max(1, math.ceil(-self._left / self.rate))
+            raise Overloaded(
+                f"the key of {self.name} is for {self.rate} rows of work per second, and more were asked for: send "
+                f"this again in {wait} s",
+                retry_after=wait,
+            )
+
+    def charge(self, rows: int) -> None:
+        """Take `rows` from what is left; a negative number gives back. It may leave a debt."""
+        self._left -= rows
+
+    def go_on_as(self, other: Caller) -> None:
+        """Take over what is left to the same caller in an older file."""
+        if self.rate is not None and other.rate is not None:
+            self._left, self._at = min(other._left, self.rate * SAVED_UP), other._at
+
+
 class ApiKeys:
-    """A set of keys, each of which opens the service. There may be several, so that they can be rotated.
+    """The keys that open the service. A caller may have several, so that they can be rotated.
 
     Only their SHA-256 digests are kept. All are compared, each in constant time, so that the time of a refusal tells
     nothing about any key.
     """
 
-    def __init__(self, keys: Iterable[str]) -> None:
-        self._digests = [_digest(key.encode()) for key in keys]
+    def __init__(self, path: Path) -> None:
+        """Read a file with a line `key`, `name: key` or `name: key rate=ROWS` for each key.
 
-    @classmethod
-    def read(cls, path: Path) -> ApiKeys:
-        """Read a file of one key per line; empty lines and lines that begin with # are skipped. Raises BadKeys."""
-        try:
-            lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
-        except (OSError, UnicodeDecodeError) as e:
-            raise BadKeys(f"{path} cannot be read ({e})") from None
-        keys = {number: line for number, line in enumerate(lines, 1) if line and not line.startswith("#")}
-        if not keys:
-            raise BadKeys(f"{path} holds no key: write one a line, or unset this setting to serve without keys")
-        for number, key in keys.items():
-            if len(key) < SHORTEST or not _TOKEN.fullmatch(key):
-                raise BadKeys(
-                    f"line {number} of {path} is not a key: a key has {SHORTEST} or more of the characters "
-                    "A-Z a-z 0-9 . _ ~ + / = -, as `openssl rand -base64 32` makes them"
-                )
-        return cls(keys.values())
+        Empty lines and lines that begin with # are skipped. Raises BadKeys.
+        """
+        self._path = path
+        self._callers = _read(path)
 
-    def check(self, authorization: bytes) -> None:
-        """Raise Unauthorized unless the header Authorization carries a key."""
+    def reload(self) -> None:
+        """Read the file again. Raises BadKeys, and goes on with the keys as they were."""
+        callers = _read(self._path)
+        before = {caller.name: caller for caller in self._callers.values()}
+        for name, caller in {caller.name: caller for caller in callers.values()}.items():
+            if name in before:
+                caller.go_on_as(before[name])
+        self._callers = callers
+
+    def check(self, authorization: bytes) -> Caller:
+        """Return the caller whose key the header Authorization carries. Raises Unauthorized."""
         given = _BEARER.fullmatch(authorization)
         if given is None:
             raise Unauthorized("this service needs an API key: send it as Authorization: Bearer KEY")
         digest = _digest(given[1])
-        if not sum(hmac.compare_digest(digest, known) for known in self._digests):
+        found = None
+        for known, caller in self._callers.items():
+            if hmac.compare_digest(digest, known):
+                found = caller
+        if found is None:
             raise Unauthorized("this API key is not one of this service's: ask its operator for a valid one")
+        return found
+
+
+def _read(path: Path) -> Mapping[bytes, Caller]:
+    """Return the caller of each key's digest. Raises BadKeys."""
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise BadKeys(f"{path} cannot be read ({e})") from None
+    found: dict[bytes, Caller] = {}
+    callers: dict[str, Caller] = {}
+    for number, line in enumerate(lines, 1):
+        if not line or line.startswith("#"):
+            continue
+        parts = _LINE.fullmatch(line)
+        if parts is None or parts["rate"] == "0":
+            raise BadKeys(
+                f"line {number} of {path} is not a key: write `name: key`, or `name: key rate=ROWS` with a number of "
+                f"rows per second from 1. A key has {SHORTEST} or more of the characters A-Z a-z 0-9 . _ ~ + / = -, as "
+                "`openssl rand -base64 32` makes them"
+            )
+        rate = None if parts["rate"] is None else int(parts["rate"])
+        name = parts["name"] or UNNAMED
+        caller = callers.setdefault(name, Caller(name, rate))
+        if caller.rate != rate:
+            raise BadKeys(f"line {number} of {path} gives {caller.name} another rate than a line above: give one")
+        digest = _digest(parts["key"].encode())
+        if found.setdefault(digest, caller) is not caller:
+            raise BadKeys(f"line {number} of {path} has the key of {found[digest].name}: give each caller its own")
+    if not found:
+        raise BadKeys(f"{path} holds no key: write one a line, or unset this setting to serve without keys")
+    return found
 
 
 def _digest(key: bytes) -> bytes:

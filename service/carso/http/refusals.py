@@ -11,7 +11,7 @@ from starlette.responses import Response
 
 from carso import errors
 from carso.errors import RequestError
-from carso.http.exchange import Exchange
+from carso.http.exchange import Exchange, without_prefix
 from carso.http.statuses import STATUS
 from carso.inference.admission import QueueFull
 from carso.inference.engine import EngineDead, EngineError, EngineStopped
@@ -48,7 +48,7 @@ def as_request_error(error: Exception) -> RequestError:
         case HTTPException(status_code=404):
             return errors.NotFound("there is nothing at this path; GET /docs lists what there is")
         case HTTPException(status_code=405):
-            allowed = (error.headers or {}).get("Allow", "another method")
+            allowed = _allowed(error) or "another method"
             return errors.MethodNotAllowed(f"this path takes {allowed} only")
         case _:
             return errors.InternalError(
@@ -69,12 +69,18 @@ def answer(error: Exception, request_id: str, *, path: str = "") -> Response:
     if isinstance(shown, errors.Overloaded):
         headers["retry-after"] = str(shown.retry_after)
     if isinstance(error, HTTPException) and error.headers:
-        headers["allow"] = error.headers["Allow"]
+        headers["allow"] = _allowed(error)
     return Response(to_json(content), STATUS[type(shown)], headers, "application/json")
+
+
+def _allowed(error: HTTPException) -> str:
+    """Return the methods that a path takes: HEAD wherever it takes GET."""
+    allowed = (error.headers or {}).get("Allow", "")
+    return "GET, HEAD" if allowed == "GET" else allowed
 
 
 async def refuse(request: Request, error: Exception) -> Response:
     """Answer a request that ended in `error`: the exception handler of the application."""
     exchange = Exchange.of(request.scope)
     exchange.error = as_request_error(error).name
-    return answer(error, exchange.request_id, path=request.url.path)
+    return answer(error, exchange.request_id, path=without_prefix(request.scope))

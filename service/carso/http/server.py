@@ -7,8 +7,12 @@ time to notice -> the listener closes, and requests in flight finish -> those th
 from __future__ import annotations
 
 import asyncio
+import errno
+import logging
 import math
+import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,6 +24,10 @@ from starlette.types import ASGIApp
 from carso.errors import RequestError
 from carso.telemetry.probes import Lifecycle
 
+log = logging.getLogger(__name__)
+
+TOLD_EVERY = 10.0  # seconds between two lines of the log about the same shortage
+
 
 @dataclass(frozen=True, slots=True)
 class Service:
@@ -28,6 +36,7 @@ class Service:
     app: ASGIApp
     lifecycle: Lifecycle  # to be told when the process drains
     abandon: Callable[[], None]  # ends the work that is in flight
+    reload: Callable[[], None]  # reads again what may change while it serves: the keys
     unread: Callable[[RequestError], bytes]  # makes the whole answer to a request that the HTTP parser refuses
 
 
@@ -40,18 +49,29 @@ class Server(uvicorn.Server):
         *,
         lifecycle: Lifecycle,
         abandon: Callable[[], None],
+        reload: Callable[[], None],
         delay: float,
         timeout: float,
     ) -> None:
-        """`delay` and `timeout` in seconds. `abandon` is called at the end of `timeout`, to end what is in flight."""
+        """`delay` and `timeout` in seconds. `abandon` is called at the end of `timeout`, to end what is in flight, and
+        `reload` at every SIGHUP.
+        """
         super().__init__(config)
         lifecycle.managed = True
         config.timeout_graceful_shutdown = math.ceil(timeout) + 1  # for bodies that never end; all else has ended
         self._lifecycle = lifecycle
         self._abandon = abandon
+        self._reload = reload
         self._delay = delay
         self._timeout = timeout
         self._closing_at = math.inf  # on the clock of time.monotonic
+        self._told_at = -math.inf
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start the application, and take connections."""
+        await super().startup(sockets)
+        if sys.platform != "win32":
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; close the port at the second."""
@@ -62,9 +82,25 @@ class Server(uvicorn.Server):
         self._lifecycle.draining = True
 
     async def on_tick(self, counter: int) -> bool:
-        """Tell whether to exit, ten times a second."""
+        """Tell whether to exit, ten times a second; and look whether there is a file descriptor left.
+
+        Without one, the event loop takes no connection and says nothing.
+        """
+        self._look_for_descriptors()
         self.should_exit = self.should_exit or time.monotonic() >= self._closing_at
         return await super().on_tick(counter)
+
+    def _look_for_descriptors(self) -> None:
+        try:
+            socket.socket().close()
+        except OSError as e:
+            if e.errno in (errno.EMFILE, errno.ENFILE) and time.monotonic() - self._told_at >= TOLD_EVERY:
+                self._told_at = time.monotonic()
+                log.error(
+                    "no file descriptor is left, so new connections are refused: raise the limit (ulimit -n), or limit "
+                    "connections in a proxy in front",
+                    extra={"fields": {"connections": len(self.server_state.connections)}},
+                )
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, wait for requests in flight, and end those that take too long."""

@@ -46,6 +46,7 @@ def run(service: Service, settings: Settings, sockets: list[socket.socket]) -> N
         config,
         lifecycle=service.lifecycle,
         abandon=service.abandon,
+        reload=service.reload,
         delay=settings.drain_delay_s,
         timeout=settings.drain_timeout_s,
     ).run(sockets)  # raises the signal that ended it once more; by then all is done

@@ -1,11 +1,15 @@
-"""Logging: one JSON object a line, on standard error."""
+"""Logging on standard error: one JSON object a line, or text for people."""
 
 from __future__ import annotations
 
 import logging
+import sys
 from datetime import UTC, datetime
+from typing import Literal
 
 from pydantic_core import to_json
+
+Format = Literal["auto", "json", "text"]
 
 
 class JsonFormatter(logging.Formatter):
@@ -25,11 +29,33 @@ class JsonFormatter(logging.Formatter):
         return to_json(line, fallback=str, inf_nan_mode="strings").decode()
 
 
-def configure(level: str) -> None:
-    """Send all logs of this process, those of the HTTP server included, through JsonFormatter."""
+class TextFormatter(logging.Formatter):
+    """Formats a record as time of day, level and message, its fields as name=value, and its traceback below."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of a record, and its traceback on lines of its own."""
+        time = datetime.fromtimestamp(record.created).astimezone().isoformat(sep=" ", timespec="milliseconds")[11:23]
+        fields = (f"{name}={_shown(value)}" for name, value in getattr(record, "fields", {}).items())
+        line = " ".join((time, f"{record.levelname.lower():7}", record.getMessage(), *fields))
+        return f"{line}\n{self.formatException(record.exc_info)}" if record.exc_info else line
+
+
+def _shown(value: object) -> str:
+    """Return a value so that it has no line break and no sequence that a terminal obeys."""
+    text = str(value) if isinstance(value, (bool, int, float, str)) else to_json(value, fallback=str).decode()
+    return text if text.isprintable() else repr(text)
+
+
+def configure(level: str, form: Format) -> None:
+    """Send all logs of this process, those of the HTTP server included, through one formatter.
+
+    `form`: "auto" is text if standard error is a terminal.
+    """
+    if form == "auto":
+        form = "text" if sys.stderr.isatty() else "json"
     # None of this is in our lines, and looking it up takes as long as the rest of a line (logging's own advice).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
     handler = logging.StreamHandler()
-    handler.setFormatter(JsonFormatter())
+    handler.setFormatter(TextFormatter() if form == "text" else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -59,6 +59,7 @@ class Metrics:
         self._refusals = Counter(
             "carso_rejections", "Requests that got an error, by its name.", ["reason"], registry=registry
         )
+        self._callers: tuple[Counter, Counter] | None = None
         self._series: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         stages = Histogram(
             "carso_stage_duration_seconds",
@@ -92,7 +93,6 @@ class Metrics:
             registry=registry,
         )
         self._agreement = {agree: agreement.labels(str(agree).lower()) for agree in (False, True)}
-        build = Gauge(
         typical = Counter(
             "carso_typical_images",
             "Images by whether they are like those that the bundle knows; others get labels that mean little.",
@@ -104,6 +104,7 @@ class Metrics:
             for path in get_args(PathName)
             for is_typical in (False, True)
         }
+        build = Gauge(
             "carso_build_info",
             "1; the labels say what is running.",
             ["version", "bundle", "bundle_version", "checksum", "device", "provider", "precision"],
@@ -153,6 +154,18 @@ class Metrics:
         requests.inc()
         duration.observe(seconds)
 
+    def caller(self, name: str, *, status: int, rows: int) -> None:
+        """Count one answer to a caller that has a key, and the rows of work that it was charged for."""
+        if self._callers is None:  # without keys, there are no such series
+            requests = Counter(
+                "carso_caller_requests", "Requests by key.", ["caller", "status"], registry=self._registry
+            )
+            work = Counter("carso_caller_rows", "Rows of work done, by key.", ["caller"], registry=self._registry)
+            self._callers = requests, work
+        requests, work = self._callers
+        requests.labels(name, status).inc()
+        work.labels(name).inc(rows)
+
     def cancellation(self, reason: Cancelled) -> None:
         """Count a request whose work was ended before its time."""
         self._cancellations[reason].inc()
@@ -173,6 +186,11 @@ class Metrics:
             self._elections[outcome.ending].inc()
             self._agreement[agrees].inc()
 
+    def typical(self, path: PathName, typical: Iterable[bool]) -> None:
+        """Count images by whether they are typical."""
+        for is_typical in typical:
+            self._typical[path, is_typical].inc()
+
     def step(self, step: Step) -> None:
         """Count what one step of the engine did."""
         if step.first_passes:
@@ -186,11 +204,6 @@ class Metrics:
 
     def _of_endpoint(self, endpoint: str, status: int) -> tuple[Counter, Histogram]:
         """Return the series themselves. They are kept: finding them by their labels takes longer than counting does."""
-    def typical(self, path: PathName, typical: Iterable[bool]) -> None:
-        """Count images by whether they are typical."""
-        for is_typical in typical:
-            self._typical[path, is_typical].inc()
-
         if (series := self._series.get((endpoint, status))) is None:
             series = self._series[endpoint, status] = (
                 self._requests.labels(endpoint, status),
