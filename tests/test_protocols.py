@@ -21,7 +21,7 @@ from carso_training.datasets import dataset
 from carso_training.datasets.examples import Examples
 from carso_training.errors import RunError
 from carso_training.networks.cost import costs
-from carso_training.robustness import controls, figures, plots, report, trials
+from carso_training.robustness import controls, figures, plots, report, strip, trials
 from carso_training.robustness.blackbox import Service
 from carso_training.robustness.campaign import Campaign, Trial
 from carso_training.robustness.effort import EFFORTS, Effort
@@ -446,6 +446,24 @@ def test_a_running_service_is_attacked_through_its_api_by_labels_alone(bundle, d
     assert seen.cell.correct <= seen.clean <= 12
     assert run(monkeypatch, "evaluate", str(SHIPPED), "--protocol", "blackbox") == 2
     assert "--url" in capsys.readouterr().err
+
+
+def test_the_strip_shows_images_of_the_attacks_those_that_fool_it_too(bundle, data, tmp_path):
+    measured = evaluation(bundle, data, tmp_path)
+    path = measured.strip(0.3)
+    first = path.read_bytes()
+    assert first.startswith(b"\x89PNG")
+    assert len(first) < 200_000
+    assert measured.strip(0.3).read_bytes() == first
+    images = np.zeros((1, 8, 8), np.float32)
+    columns = [
+        strip.Column(label=label, clean=images, attacked=images, fooled=fooled)
+        for fooled in (True, False)
+        for label in (1, 1, 2, 3, 4, 5, 6)
+    ]
+    picked = strip.chosen(columns)
+    assert [column.fooled for column in picked] == [False] * 5 + [True] * 5
+    assert [column.label for column in picked] == [1, 2, 3, 4, 5] * 2
 
 
 def test_the_plots_are_drawn_from_the_figures_and_the_same_figures_give_the_same_plot(tmp_path):

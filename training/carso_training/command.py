@@ -356,6 +356,7 @@ def _measure(
         evaluation.strong(eps or STRONG_EPS, report=_show)
     if protocol in ("adaptive", "full"):
         evaluation.adaptive(strengths, surrogate=surrogate, report=_show)
+        evaluation.strip(max(strengths), surrogate=surrogate)
     if protocol in ("controls", "full"):
         validation = (
             evaluation.data

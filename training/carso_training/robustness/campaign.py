@@ -60,6 +60,7 @@ class Made:
     """One batch of one attack."""
 
     trial: int  # its number; 0 is no attack
+    name: str  # of the attack
     rows: np.ndarray  # [B] int64, of the data set
     images: np.ndarray  # [B, *shape] float32, attacked
     survived: np.ndarray  # [B] bool
@@ -155,7 +156,12 @@ class Campaign:
                 seconds=np.float64(seconds),
             )
         return Made(
-            trial=number, rows=rows.numpy(), images=candidates.cpu().numpy(), survived=survived.numpy(), seconds=seconds
+            trial=number,
+            name=trial.name,
+            rows=rows.numpy(),
+            images=candidates.cpu().numpy(),
+            survived=survived.numpy(),
+            seconds=seconds,
         )
 
     def made(self) -> Iterator[Made]:
@@ -168,6 +174,7 @@ class Campaign:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 return Made(
                     trial=int(path.name.partition("-")[0]),
+                    name=path.stem.partition("-")[2].rpartition("-")[0],
                     rows=arrays["rows"],
                     images=arrays["images"],
                     survived=arrays["survived"],

@@ -2,6 +2,7 @@
 
 <out>/<protocol>-<defence>-linf-<eps>.json   a figure each (`figures.py`)
 <out>/sanity.json                            the sanity checks (`sanity.py`)
+<out>/strip.png                              some of the images (`strip.py`)
 <out>/work/                                  every batch of every attack: what a stopped measurement resumes from
 """
 
@@ -23,7 +24,7 @@ from carso_training.datasets import dataset
 from carso_training.datasets.examples import Examples
 from carso_training.errors import RecipeError
 from carso_training.networks.cost import costs
-from carso_training.robustness import controls, figures
+from carso_training.robustness import controls, figures, strip
 from carso_training.robustness.adaptive import Voting, adaptive_trials, attacks_on_a_vote
 from carso_training.robustness.blackbox import Service, ServiceJudge, blackbox_trials
 from carso_training.robustness.campaign import Campaign, Outcome, Trial
@@ -115,6 +116,38 @@ class Evaluation:
         for eps in strengths:
             _, found = self._adaptive(eps, surrogate)
             report(self._figure("adaptive", "carso", eps, found, settings=self._counted(self.counting)))
+
+    def strip(self, eps: float, *, surrogate: Bundle | None = None) -> Path:
+        """Draw some images of the adaptive attacks (`strip.py`), and return the file. Makes the attacks first.
+
+        An image that no attack broke is shown as the first attack through all of CARSO left it.
+        """
+        campaign, _ = self._adaptive(eps, surrogate)
+        attacked: dict[int, tuple[np.ndarray, bool]] = {}
+        for made in campaign.made():
+            for row, image, survived in zip(made.rows.tolist(), made.images, made.survived, strict=True):
+                if made.trial and (not survived or made.name == "apgd-ce-logits"):
+                    attacked[row] = (image, not survived)
+        columns = [
+            strip.Column(
+                label=int(self.data.labels[row]),
+                clean=self.data.pixels(torch.tensor([row]))[0].numpy(),
+                attacked=image,
+                fooled=fooled,
+            )
+            for row, (image, fooled) in sorted(attacked.items())
+        ]
+        path, manifest = self.out / "strip.png", self.bundle.manifest
+        if picked := strip.chosen(columns):
+            strip.write(
+                path,
+                picked,
+                sessions=self.pipeline.sessions,
+                latent=manifest.latent,
+                names=manifest.classes,
+                seed=self.plan.seed,
+            )
+        return path
 
     def controls(
         self,
