@@ -62,7 +62,8 @@ def test_the_shipped_recipe_is_the_preset_and_the_shipped_card_is_written_from_t
     manifest = Bundle.load(FOLDER).manifest
     recipe = Recipe.model_validate(manifest.recipe)
     assert recipe == PRESETS["mnist-fcn"]
-    assert (FOLDER / "MODEL_CARD.md").read_text() == model_card(recipe, manifest.table, risk=RISK)
+    card = model_card(recipe, manifest.table, risk=RISK, typical=manifest.typical)
+    assert (FOLDER / "MODEL_CARD.md").read_text() == card
     assert {cell.threat.name for cell in manifest.table} == set(PUBLISHED_ACCURACIES)
 
 

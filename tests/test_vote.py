@@ -402,3 +402,32 @@ def test_the_last_vote_ends_every_count_exactly(risk):
 def test_an_impossible_election_is_refused(arguments):
     with pytest.raises(ValueError, match=r"votes|risk"):
         StoppingRule(**{"samples": 1500, "classes": 10, "risk": 1e-3} | arguments)
+
+
+# --- the risk reached -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("expected", [True, False])
+@pytest.mark.parametrize(("leader", "runner_up"), [(4, 0), (13, 0), (30, 5), (200, 120)])
+def test_the_risk_reached_is_the_smallest_risk_at_which_the_rule_would_end_the_count(leader, runner_up, expected):
+    count = {"leader": leader, "runner_up": runner_up, "cast": leader + runner_up, "expected": expected}
+    reached = StoppingRule(1500, 10, 0).risk_reached(**count)
+    assert 0 < reached <= 1
+    if reached <= 0.4:
+        assert StoppingRule(1500, 10, reached * 1.001).ended_by(**count) == "risk-limited"
+        assert StoppingRule(1500, 10, reached * 0.999).ended_by(**count) is None
+    assert StoppingRule(1500, 10, 1e-3).risk_reached(**count) == reached  # whatever was asked for
+
+
+def test_the_risk_reached_is_0_where_the_outcome_is_certain_and_1_where_the_votes_say_nothing():
+    rule = StoppingRule(100, 10, 1e-3)
+    assert rule.risk_reached(leader=51, runner_up=0, cast=51, expected=False) == 0
+    assert rule.risk_reached(leader=40, runner_up=40, cast=100, expected=False) == 0
+    assert rule.risk_reached(leader=0, runner_up=0, cast=0, expected=True) == 1
+    assert rule.risk_reached(leader=7, runner_up=7, cast=14, expected=True) == 1
+
+
+def test_more_votes_for_the_leader_never_raise_the_risk_reached():
+    rule = StoppingRule(1500, 10, 0)
+    bounds = [rule.risk_reached(leader=n, runner_up=3, cast=n + 3, expected=True) for n in range(3, 700)]
+    assert bounds == sorted(bounds, reverse=True)

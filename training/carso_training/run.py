@@ -199,8 +199,8 @@ class Run:
             cells = self.measure(system, Bundle.load(part), split="test")
             for table in as_rich(cells):
                 Console(width=WIDTH).print(table)
-            (part / "MODEL_CARD.md").write_text(model_card(self.recipe, cells, risk=RISK))
             typical = self.typical(Bundle.load(part))
+            (part / "MODEL_CARD.md").write_text(model_card(self.recipe, cells, risk=RISK, typical=typical))
             self._seal(part, cells=cells, typical=typical)
             part.replace(target)
             durable.sync_folder(target.parent)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from carso.bundle import Cell, Kind
+from carso.bundle import Cell, Kind, Typical
 
 from carso_training.recipe import Hardening, Recipe, Strengths
 from carso_training.robustness.table import as_markdown
+from carso_training.robustness.typical import as_markdown as typical_as_markdown
 
 CARD = """\
 # {name}
@@ -27,7 +28,7 @@ that of the full count with at most that probability.
 
 {table}
 
-{explanation}
+{explanation}{typical}
 
 ## Use
 
@@ -46,6 +47,12 @@ other threats, or on images that are not like those of {dataset}: every image ge
 HARDENED = """
 
 After the published training, the system was *hardened*: its networks were trained on together, end to end, on clean \
+TYPICAL = """
+
+## Typical images
+
+An answer says whether its image is typical, which is to say like those that the purifier knows. {table}"""
+
 images, on images attacked through both passes at eps {eps}, and on images attacked on the first pass alone at eps \
 {first_pass_eps}. The second pass became a classifier of its own, which votes. In the table, *IAT* is the hardened \
 first pass. To measure adaptive accuracy, run `carso-train evaluate` on the bundle with `--protocol adaptive`."""
@@ -66,8 +73,10 @@ FAILED_ATTACK = (
 NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
-def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float) -> str:
-    """Write the card of a system from its recipe and its measured cells (at least one), in Markdown."""
+def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float, typical: Typical | None = None) -> str:
+    """Write the card of a system in Markdown, from its recipe, its measured cells (at least one), and which images are
+    typical.
+    """
     kinds = {cell.kind for cell in cells}
     sentences = [text for kind, text in EXPLANATIONS.items() if kind in kinds]
     if any(cell.threat.name == "pgd-0.50" for cell in cells):
@@ -91,6 +100,7 @@ def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float) -> str:
     )
 
 
+        typical="" if typical is None else TYPICAL.format(table=typical_as_markdown(typical)),
 def _hardened(hardening: Hardening) -> str:
     def listed(strengths: Strengths) -> str:
         return " or ".join(f"{eps:.2f}" for eps, _ in strengths)

@@ -45,7 +45,9 @@ def record(folder: Path, found: Sequence[Figure]) -> tuple[Cell, ...]:
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(folder, part)
-    (part / CARD).write_text(model_card(Recipe.model_validate(manifest.recipe), table, risk=RISK))
+    (part / CARD).write_text(
+        model_card(Recipe.model_validate(manifest.recipe), table, risk=RISK, typical=manifest.typical)
+    )
     fields = manifest.model_dump(mode="json", exclude={"schema_version", "files", "table"})
     sealed(part, {**fields, "table": [cell.model_dump() for cell in table]})
     Bundle.load(part)
