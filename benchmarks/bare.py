@@ -25,7 +25,7 @@ def create_app(bundle: Bundle) -> FastAPI:
 
     @app.post("/decode")
     async def decode(request: Request) -> Response:
-        images = reader.read([await request.body()], resize=False)
+        images = reader.read([await request.body()])
         return Response(to_json({"shape": images.shape}), media_type="application/json")
 
     return app

@@ -34,7 +34,7 @@ class Peer(ls.LitAPI):
         self._draws = np.random.Generator(np.random.SFC64())
 
     def decode_request(self, request: dict[str, str]) -> np.ndarray:
-        return self._reader.read([base64.b64decode(request["image"])], resize=False)
+        return self._reader.read([base64.b64decode(request["image"])])
 
     def batch(self, inputs: list[np.ndarray]) -> np.ndarray:
         return np.concatenate(inputs)

@@ -21,10 +21,10 @@ ROOMS = (
     ("http",),
     ("api",),
     ("app",),
-    ("command",),
+    ("command", "verification"),
 )
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}
-FLOORS = 7
+FLOORS = 8
 
 
 def modules() -> dict[str, Path]:

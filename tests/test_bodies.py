@@ -5,10 +5,12 @@ from __future__ import annotations
 import base64
 import json
 from contextlib import suppress
+from urllib.parse import quote
 
 import httpx
 import numpy as np
 import pytest
+from carso.api import tensors
 from carso.errors import (
     EmptyBatch,
     MissingImages,
@@ -21,11 +23,14 @@ from carso.errors import (
     UnsupportedMediaType,
 )
 from carso.images import bodies
+from carso.images.media_types import UNSAID
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.pictures import npy
+from tests.pictures import encoded, npy
 
+ENCODINGS = ("utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "utf-32-le", "utf-32-be")
+FIELD = b'--frontier\r\ncontent-disposition: form-data; name="file"\r\n\r\n10\r\n--frontier--\r\n'
 JSON, FORM = "application/json", "multipart/form-data; boundary=frontier"
 
 
@@ -46,10 +51,60 @@ def test_a_raw_image_is_one_source(content_type):
     assert parsed(content_type, b"anything").sources == [b"anything"]
 
 
-@pytest.mark.parametrize("content_type", ["", "text/plain", "image/gif", "image/tiff", "application/octet-stream", "x"])
+@pytest.mark.parametrize("content_type", ["text/plain", "image/gif", "image/tiff", "x", *UNSAID])
 def test_any_other_media_type_is_refused_with_the_list_of_those_read(content_type):
-    with pytest.raises(UnsupportedMediaType, match="application/x-npy"):
-        parsed(content_type, b"anything")
+    for data in (b"anything", b"", b"image=iVBORw0KGgo", b"GIF89a"):
+        with pytest.raises(UnsupportedMediaType, match="application/x-npy"):
+            parsed(content_type, data)
+
+
+@pytest.mark.parametrize("content_type", [*UNSAID, "application/x-www-form-urlencoded; charset=utf-8"])
+def test_where_nothing_is_said_of_the_body_its_bytes_decide(content_type):
+    for kind in ("PNG", "JPEG", "WEBP", "BMP"):
+        image = encoded(np.zeros((8, 8), np.uint8), kind)
+        assert parsed(content_type, image).sources == [image]
+    np.testing.assert_array_equal(parsed(content_type, npy(np.eye(3))).sources[0], np.eye(3))
+    for text in ('{"images": [[1]]}', '\n  {"images": [[1]]}'):
+        for encoding in ENCODINGS:
+            assert parsed(content_type, text.encode(encoding)).sources == [[1]]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_json_is_read_in_every_encoding_of_unicode_with_or_without_a_byte_order_mark(encoding):
+    body = '{"images": [[0.5, 1]], "\u00e9": "\u2c2c"}'
+    assert parsed(JSON, body.encode(encoding)) == bodies.Body([[0.5, 1]], {"\u00e9": "\u2c2c"})
+
+
+@given(st.binary(max_size=60), st.sampled_from(ENCODINGS))
+def test_any_bytes_are_json_or_refused_in_every_encoding(data, encoding):
+    with suppress(RequestError):
+        parsed(JSON, "{".encode(encoding) + data)
+
+
+BASE64 = {
+    "plain": lambda data: base64.b64encode(data).decode(),
+    "with line breaks": lambda data: base64.encodebytes(data).decode(),
+    "with Windows' line breaks": lambda data: base64.encodebytes(data).decode().replace("\n", "\r\n"),
+    "URL-safe": lambda data: base64.urlsafe_b64encode(data).decode(),
+    "unpadded": lambda data: base64.b64encode(data).decode().rstrip("="),
+    "URL-safe and unpadded": lambda data: base64.urlsafe_b64encode(data).decode().rstrip("="),
+    "data URL": lambda data: "data:image/png;base64," + base64.b64encode(data).decode(),
+    "data URL with parameters": lambda data: (
+        "data:image/png;charset=utf-8;name=a%20b.png;base64," + base64.b64encode(data).decode()
+    ),
+    "data URL without a type": lambda data: "DATA:;BASE64," + base64.b64encode(data).decode(),
+    "data URL, escaped": lambda data: "data:image/png;base64," + quote(base64.b64encode(data).decode(), safe=""),
+    "data URL with line breaks": lambda data: "data:image/png;base64,\n" + base64.encodebytes(data).decode(),
+}
+
+
+@pytest.mark.parametrize("write", BASE64.values(), ids=BASE64)
+@given(st.binary(max_size=200))
+def test_base64_is_read_however_it_is_written_in_json_and_in_tensors(write, data):
+    assert parsed(JSON, json.dumps({"images": [write(data)]}).encode()).sources == [data]
+    tensor = {"name": "images", "shape": [1], "datatype": "BYTES", "data": [write(data)]}
+    _, sources = tensors.parse(json.dumps({"inputs": [tensor]}).encode(), None, max_images=4, max_values=2**17)
+    assert sources == [data]
 
 
 def test_an_npy_body_is_one_source():
@@ -82,7 +137,8 @@ def test_json_images_are_numbers_or_base64_with_or_without_a_data_url(images, da
         (b'{"images": []}', EmptyBatch),
         (b'{"images": [0, 0, 0, 0, 0]}', TooManyImages),
         (b'{"images": ["not base64!"]}', UndecodableBase64),
-        (b'{"images": ["iVBORw0KGg"]}', UndecodableBase64),
+        (b'{"images": ["iVBORw0KG"]}', UndecodableBase64),
+        (b'{"images": ["data:image/svg+xml,<svg/>"]}', UndecodableBase64),
         ('{"images": ["é"]}'.encode(), UndecodableBase64),
     ],
 )
@@ -102,6 +158,15 @@ def test_the_files_of_a_multipart_body_come_out_as_they_went_in(contents):
     assert parsed(*multipart(*[("file", content) for content in contents])).sources == contents
 
 
+def test_a_file_is_an_image_under_any_name_of_its_field_in_order():
+    sent = [("image", b"a"), ("data", b"b"), ("file", b"c"), ("upload[]", b"d")]
+    assert parsed(*multipart(*sent)).sources == [b"a", b"b", b"c", b"d"]
+    assert parsed(FORM, FIELD).sources == [b"10"]
+    for filename in (b'filename=""', b"filename*=utf-8''%C3%A9.png"):
+        named = FIELD.replace(b'name="file"', b'name="x"; ' + filename)
+        assert parsed(FORM, named).sources == [b"10"]
+
+
 @given(st.binary(max_size=100), st.integers(5, 10_000))
 def test_a_truncated_multipart_body_is_refused_wherever_it_is_cut(content, missing):
     content_type, data = multipart(("file", content))
@@ -116,8 +181,7 @@ def test_a_truncated_multipart_body_is_refused_wherever_it_is_cut(content, missi
         (FORM, b"", UndecodableMultipart),
         (FORM, b"no boundary", UndecodableMultipart),
         ("multipart/form-data; boundary=" + "x" * 500, b"--", UndecodableMultipart),
-        (*multipart(("image", b"x")), UnexpectedPart),
-        (*multipart(("file", b"x"), ("samples", b"10")), UnexpectedPart),
+        (FORM, FIELD.replace(b"file", b"samples"), UnexpectedPart),
         (*multipart(*[("file", b"x")] * 5), TooManyImages),
         (FORM, b"--frontier\r\n\r\nx\r\n--frontier--\r\n", UnexpectedPart),
     ],

@@ -49,6 +49,8 @@ def small(mirror: str) -> DatasetSpec:
         input_shape=(1, 28, 28),
         mean=0.5,
         std=0.3,
+        background=0.0,
+        expects="Nothing.",
         files={name: hashlib.sha256(content).hexdigest() for name, content in CONTENT.items()},
         sources=(Mirror(mirror), NpmPackage(PACKAGE)),
         read=read_examples,

@@ -22,9 +22,13 @@ given_options = st.fixed_dictionaries(
         "risk": st.just(0) | st.floats(1e-12, 0.5),
         "deadline_ms": st.integers(1, 600_000),
         "resize": st.booleans(),
+        "fit": st.sampled_from(["pad", "stretch"]),
+        "invert": st.booleans(),
+        "background": st.sampled_from(["black", "white", "00ff80", "FFFFFF"]),
     },
 )
-DEFAULTS = {"samples": 1500, "seed": None, "risk": 1e-3, "deadline_ms": None, "resize": False}
+DEFAULTS = {"samples": 1500, "seed": None, "risk": 1e-3, "deadline_ms": None}
+DEFAULTS |= {"resize": False, "fit": "pad", "invert": False, "background": None}
 
 
 def query(options: dict[str, object]) -> bytes:
@@ -40,7 +44,17 @@ def test_options_come_from_query_and_body_and_the_rest_has_defaults(in_query, in
 @given(given_options)
 def test_an_option_given_in_both_places_may_not_differ(options):
     for name, value in options.items():
-        other = (not value) if name == "resize" else 1e-4 if name == "risk" else value % 2000 + 1
+        match name:
+            case "resize" | "invert":
+                other = not value
+            case "risk":
+                other = 1e-4
+            case "fit":
+                other = "pad" if value == "stretch" else "stretch"
+            case "background":
+                other = "123456"
+            case _:
+                other = value % 2000 + 1
         if other != value:
             with pytest.raises(ConflictingParameters, match=name):
                 parse(ROBUST, query({name: value}), {name: other})
@@ -68,6 +82,10 @@ def test_an_option_may_not_be_twice_in_the_query_with_different_values():
         ("deadline_ms", 0, "an integer from 1 to 600000"),
         ("deadline_ms", 600_001, "an integer from 1 to 600000"),
         ("resize", "maybe", "true or false"),
+        ("fit", "crop", "one of pad, stretch"),
+        ("invert", "maybe", "true or false"),
+        ("background", "#ffffff", "one of black, white or a string that matches ^[0-9A-Fa-f]{6}$"),
+        ("background", "ffffff\n", "one of black, white"),
         ("samples", "", "an integer from 1 to 2000"),
         ("seed", "x" * 10_000, "an integer from 0 to 9007199254740991"),
     ],

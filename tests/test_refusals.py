@@ -13,7 +13,7 @@ from tests.pictures import encoded, npy, saved
 
 SHAPE = (1, 8, 8)
 REFUSALS = [
-    ("image/png", PNG[:-15], 400, "undecodable_image"),
+    ("image/png", PNG[:-30], 400, "undecodable_image"),
     ("image/png", b"", 400, "undecodable_image"),
     ("image/png", saved(Image.new("L", (8, 8)), "GIF"), 400, "undecodable_image"),
     ("application/json", b'{"images": [', 400, "undecodable_json"),
@@ -30,7 +30,7 @@ REFUSALS = [
     ("application/x-npy", npy(np.zeros((2, 2, 8, 8), np.float32)), 422, "wrong_shape"),
     ("application/x-npy", npy(np.full(SHAPE, np.nan)), 422, "not_finite"),
     ("application/x-npy", npy(np.full(SHAPE, np.inf)), 422, "not_finite"),
-    ("application/json", b'{"images": [[[NaN]]]}', 422, "not_finite"),
+    ("application/json", json.dumps({"images": [[[float("nan")] * 8] * 8]}).encode(), 422, "not_finite"),
     ("application/x-npy", npy(np.full(SHAPE, 1.5)), 422, "out_of_range"),
     ("application/x-npy", npy(np.full(SHAPE, -0.1)), 422, "out_of_range"),
     ("application/x-npy", npy(np.zeros((0, 8, 8))), 422, "empty_batch"),
@@ -42,7 +42,10 @@ REFUSALS = [
     ("application/json", b"{}", 422, "missing_images"),
     ("application/json", b'{"images": [[[0]]], "sample": 3}', 422, "unknown_parameter"),
     ("application/x-npy", npy(np.array([None])), 422, "object_array"),
-    ("application/x-npy", npy(np.zeros(SHAPE, np.int64)), 422, "unsupported_dtype"),
+    ("application/x-npy", npy(np.zeros(SHAPE, np.complex64)), 422, "unsupported_dtype"),
+    ("application/x-npy", npy(np.zeros((8, 8, 1), np.uint8)), 422, "wrong_shape"),
+    ("application/x-npy", npy(np.eye(8, dtype=np.uint8)), 422, "wrong_scale"),
+    ("application/json", json.dumps({"images": [[[0.5] * 8] * 8]}).encode(), 422, "blank_image"),
     ("image/png", saved(Image.new("LA", (8, 8), (0, 0))), 422, "transparent_image"),
     (
         "image/png",
@@ -66,8 +69,8 @@ def test_what_cannot_be_classified_is_refused_by_name(client, path, content_type
     assert refused(response, status, error)
 
 
-def test_a_body_without_a_media_type_is_refused(client):
-    message = refused(client.post("/classify", content=PNG), 415, "unsupported_media_type")
+def test_a_body_without_a_media_type_is_refused_if_its_bytes_do_not_tell(client):
+    message = refused(client.post("/classify", content=b"digit"), 415, "unsupported_media_type")
     assert "image/png" in message and "application/json" in message
 
 
@@ -122,14 +125,16 @@ def test_the_document_lists_every_body_that_is_read(client, document, path):
 @pytest.mark.parametrize("path", PATHS)
 def test_the_document_lists_every_option_with_its_range(document, path):
     options = {p["name"]: p["schema"] for p in document["paths"][path]["post"]["parameters"]}
-    assert options["resize"] == {"type": "boolean", "default": False}
+    assert options["resize"] == options["invert"] == {"type": "boolean", "default": False}
+    assert options["fit"] == {"type": "string", "enum": ["pad", "stretch"], "default": "pad"}
+    assert options["background"]["anyOf"][0] == {"enum": ["black", "white"]}
     if path == "/classify":
         assert options["samples"] == {"type": "integer", "minimum": 1, "maximum": 100_000, "default": 1500}
         assert options["seed"] == {"type": "integer", "minimum": 0, "maximum": 2**53 - 1}
         assert options["deadline_ms"] == {"type": "integer", "minimum": 1, "maximum": 600_000}
         assert options["risk"]["default"] == 1e-3
     else:
-        assert list(options) == ["resize"]
+        assert list(options) == ["resize", "fit", "invert", "background"]
 
 
 @pytest.mark.parametrize(("content_type", "body", "status", "error"), REFUSALS)
@@ -143,3 +148,22 @@ def test_the_document_names_every_error(document, content_type, body, status, er
 def test_the_fast_path_documents_no_error_of_the_vote(document):
     assert {"403", "504"} <= set(document["paths"]["/classify"]["post"]["responses"])
     assert not {"403", "504"} & set(document["paths"]["/classify/fast"]["post"]["responses"])
+
+
+def test_the_document_tells_of_the_headers_of_every_answer(document):
+    headers = document["components"]["headers"]
+    assert headers.keys() == {"X-Request-ID", "Retry-After"}
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            for status, response in operation["responses"].items():
+                told = {"X-Request-ID", "Retry-After"} if status in ("429", "503") else {"X-Request-ID"}
+                assert response["headers"].keys() == told, (path, status)
+
+
+def test_operations_are_named_after_their_paths(document):
+    named = {op["operationId"]: path for path, operations in document["paths"].items() for op in operations.values()}
+    assert len(named) == sum(map(len, document["paths"].values()))
+    assert all(name.isidentifier() for name in named)
+    assert named["classify"] == "/classify"
+    assert named["classify_fast"] == "/classify/fast"
+    assert named["v2_models_random_fast_infer"] == "/v2/models/random-fast/infer"

@@ -43,6 +43,8 @@ def _in_words(schema: dict[str, Any]) -> str:
             return f"{words} from {low} to {high}"
         case {"minimum": low}:
             return f"{words} of at least {low}"
+        case {"pattern": pattern}:
+            return f"{words} that matches {pattern}"
         case {"minLength": 1}:
             return f"{words} that is not empty"
     return words

@@ -98,6 +98,14 @@ class OutOfRange(RequestError):
     """A value outside the bundle's range."""
 
 
+class WrongScale(RequestError):
+    """An image whose values use next to nothing of their range, so that it is dark or flat: not scaled, or twice."""
+
+
+class BlankImage(RequestError):
+    """An image whose pixels are all the same."""
+
+
 class EmptyBatch(RequestError):
     """No image, or an image without pixels."""
 
@@ -131,7 +139,7 @@ class AnimatedImage(RequestError):
 
 
 class UnexpectedPart(RequestError):
-    """A multipart part that is not a file in the field `file`."""
+    """A multipart part that is not a file."""
 
 
 class MissingImages(RequestError):

@@ -5,12 +5,12 @@ Callers give them as query parameters, or in a JSON body beside `images`, or bot
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 from urllib.parse import parse_qsl
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, create_model
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
-from carso.choices import MAX_SEED, Risk
+from carso.choices import MAX_SEED, Fit, Risk
 from carso.complaints import complaint, shown
 from carso.errors import ConflictingParameters, InvalidParameter, UnknownParameter
 
@@ -18,16 +18,43 @@ MAX_DEADLINE_MS = 600_000
 MAX_PARAMETERS = 64  # of a query: each costs time to check
 
 
-class FastOptions(BaseModel):
-    """The options of /classify/fast."""
+COLOUR = "[0-9A-Fa-f]{6}"  # RRGGBB
+Background = Annotated[
+    str,
+    Field(pattern=rf"\A(black|white|{COLOUR})\z"),
+    WithJsonSchema({"anyOf": [{"enum": ["black", "white"]}, {"type": "string", "pattern": f"^{COLOUR}$"}]}),
+]
+
+
+class ImageOptions(BaseModel):
+    """How images are made into what the bundle takes."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resize: bool = Field(
         default=False,
-        description="Scale images of another height and width to the bundle's, without keeping their proportions, "
-        "instead of refusing them.",
+        description="Scale encoded images of another height and width to the bundle's, instead of refusing them. "
+        "Arrays are never scaled.",
     )
+    fit: Fit = Field(
+        default="pad",
+        description="How `resize` treats other proportions. pad: keep them, and fill two sides with the bundle's "
+        "background; stretch: do not keep them.",
+    )
+    invert: bool = Field(
+        default=False,
+        description="Turn every value round in its range, as for dark ink on white paper where the bundle takes bright "
+        "ink on black.",
+    )
+    background: Background | None = Field(
+        default=None,
+        description="What transparent pixels of encoded images show, before `invert`: black, white, or a colour as "
+        "RRGGBB. Default: transparent images are refused.",
+    )
+
+
+class FastOptions(ImageOptions):
+    """The options of /classify/fast."""
 
 
 class RobustOptions(FastOptions):

@@ -14,6 +14,7 @@ from starlette.types import Receive
 from carso.http.disconnect import WhileConnected
 from carso.images.numbers import Source
 from carso.images.reader import Reader
+from carso.options import ImageOptions
 
 # What is done on the event loop: a body of at most so many bytes, with at most so many images, of at most so many
 # pixels each. That takes 0.1 ms for one MNIST digit, 1 to 2 ms at worst, where a thread's wake-up and its fight for the
@@ -43,11 +44,13 @@ class Intake:
         """Return what `parse` makes of a body of `size` bytes. Raises what it raises."""
         return await self._run(parse, inline=size <= self._inline_bytes, receive=receive)
 
-    async def read(self, sources: Sequence[Source], *, resize: bool, size: int, receive: Receive) -> np.ndarray:
+    async def read(
+        self, sources: Sequence[Source], options: ImageOptions, *, size: int, receive: Receive
+    ) -> np.ndarray:
         """Return the images [n, *shape] float32 of a body of `size` bytes. Raises the errors of `Reader.read`."""
         # to be resized, a small file may hold a large image
-        inline = size <= self._inline_bytes and not resize and len(sources) <= INLINE_IMAGES
-        return await self._run(partial(self._reader.read, sources, resize=resize), inline=inline, receive=receive)
+        inline = size <= self._inline_bytes and not options.resize and len(sources) <= INLINE_IMAGES
+        return await self._run(partial(self._reader.read, sources, options), inline=inline, receive=receive)
 
     async def _run(self, function: Callable[[], T], *, inline: bool, receive: Receive) -> T:
         if inline:

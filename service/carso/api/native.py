@@ -16,7 +16,7 @@ from carso.api import answers, openapi
 from carso.api.classification import Classification, Classified
 from carso.api.intake import Intake
 from carso.bundle import Bundle
-from carso.choices import Evidence
+from carso.choices import Evidence, Precision
 from carso.http.exchange import Exchange
 from carso.images import bodies, json_values
 from carso.images.numbers import Source
@@ -34,6 +34,7 @@ class Native:
         robust_options: type[RobustOptions],
         *,
         provider: str,
+        precision: Precision,
         max_images: int,
         evidence: Evidence,
     ) -> None:
@@ -45,6 +46,7 @@ class Native:
         self._max_images = max_images
         self._max_values = json_values.limit(self._spec.shape)
         self._evidence = evidence
+        self._precision = precision
         self._served = {"bundle": answers.bundle_name(bundle), "provider": provider}
 
     def add_to(self, app: FastAPI) -> None:
@@ -79,7 +81,13 @@ class Native:
         """Answer by both passes and the vote."""
         self._classification.check("robust")
         images, options, decode = await self._read(request, self._robust_options)
-        return self._answer(request, await self._classification.robust(request, images, options, decode=decode))
+        classified = await self._classification.robust(request, images, options, decode=decode)
+        if self._evidence == "label":
+            return self._answer(request, classified)
+        made_of = partial(answers.digests, images)
+        digests = await self._intake.parse(made_of, size=images.nbytes, receive=request.receive)
+        receipt = {"images": digests, "options": options.model_dump(), "precision": self._precision}
+        return self._answer(request, classified, receipt)
 
     async def _read(self, request: Request, model: type[Options]) -> tuple[np.ndarray, Options, float]:
         """Return the images and options of a request, and the seconds that reading them took once the body was here."""
@@ -89,7 +97,7 @@ class Native:
             self._take_apart, model, request.headers.get("content-type", ""), request.scope["query_string"], data
         )
         sources, options = await self._intake.parse(take_apart, size=len(data), receive=request.receive)
-        images = await self._intake.read(sources, resize=options.resize, size=len(data), receive=request.receive)
+        images = await self._intake.read(sources, options, size=len(data), receive=request.receive)
         return images, options, time.monotonic() - began
 
     def _take_apart(
@@ -98,8 +106,8 @@ class Native:
         body = bodies.parse(content_type, data, max_images=self._max_images, max_values=self._max_values)
         return body.sources, parse(model, query, body.options)
 
-    def _answer(self, request: Request, classified: Classified) -> Response:
-        content: dict[str, Any] = {"predictions": classified.predictions, **self._served}
+    def _answer(self, request: Request, classified: Classified, receipt: dict[str, Any] | None = None) -> Response:
+        content: dict[str, Any] = {"predictions": classified.predictions, **(receipt or {}), **self._served}
         if classified.timings is not None:
             content["timings"] = classified.timings
         content["request_id"] = Exchange.of(request.scope).request_id

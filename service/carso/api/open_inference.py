@@ -190,7 +190,7 @@ class Model:
         began = time.monotonic()
         take_apart = partial(self._take_apart, data, request.headers.get(JSON_SIZE))
         asked, sources, options = await self._intake.parse(take_apart, size=len(data), receive=request.receive)
-        images = await self._intake.read(sources, resize=options.resize, size=len(data), receive=request.receive)
+        images = await self._intake.read(sources, options, size=len(data), receive=request.receive)
         classified = await self._classify(request, images, options, decode=time.monotonic() - began)
         return self._respond(request, asked, classified)
 

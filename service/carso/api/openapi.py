@@ -4,6 +4,7 @@ themselves: bodies, options, errors.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Callable, Collection, Coroutine, Iterable
 from typing import Any
@@ -40,6 +41,8 @@ _CLASSIFICATION_ERRORS: Errors = (
     e.UntypicalImage,
     e.NotFinite,
     e.OutOfRange,
+    e.WrongScale,
+    e.BlankImage,
     e.EmptyBatch,
     e.RaggedArray,
     e.NotNumbers,
@@ -73,6 +76,21 @@ INDEX_ERRORS: Errors = (
     e.InternalError,
 )
 TENSOR_ERRORS: Errors = (*_CLASSIFICATION_ERRORS, e.InvalidTensor, e.UnknownOutput)
+
+
+_HEADERS = {
+    "X-Request-ID": {
+        "description": "The id of the request: the caller's own if it is well-formed, or a fresh one.",
+        "required": True,
+        "schema": {"type": "string", "pattern": "^[A-Za-z0-9._:-]{1,128}$"},
+    },
+    "Retry-After": {
+        "description": "Seconds after which the request may be sent again.",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+    },
+}
+_RETRIED = ("429", "503")
 
 
 class _DirectRoute(APIRoute):
@@ -131,17 +149,31 @@ def operation(options: type[FastOptions], spec: InputSpec, *, max_images: int) -
     }
 
 
-def guarded(app: FastAPI, *, but: Collection[str]) -> Callable[[], dict[str, Any]]:
-    """Return the `app.openapi` of a service that asks for API keys, at all paths but these."""
+def operation_id(route: APIRoute) -> str:
+    """Name an operation after its path, as generated clients name their functions: /classify/fast is classify_fast."""
+    return re.sub(r"[^A-Za-z0-9]+", "_", route.path).strip("_")
+
+
+def documented(app: FastAPI, *, keys: bool, but: Collection[str]) -> Callable[[], dict[str, Any]]:
+    """Return an `app.openapi` that tells of the headers of answers, which the envelope writes.
+
+    `keys`: the service asks for API keys, at all paths but these.
+    """
     plain = app.openapi
 
     def document() -> dict[str, Any]:
         schema = plain()  # made once, and kept
-        schema["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        components = schema["components"]
+        components["headers"] = _HEADERS
+        if keys:
+            components["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         for path, operations in schema["paths"].items():
-            if path not in but:
-                for details in operations.values():
+            for details in operations.values():
+                if keys and path not in but:
                     details["security"] = [{"key": []}]
+                for status, response in details["responses"].items():
+                    names = _HEADERS if status in _RETRIED else ("X-Request-ID",)
+                    response["headers"] = {name: {"$ref": f"#/components/headers/{name}"} for name in names}
         return schema
 
     return document

@@ -8,8 +8,6 @@ Inference-Header-Content-Length then says where the JSON ends. Sources: the prot
 
 from __future__ import annotations
 
-import base64
-import binascii
 import struct
 from collections.abc import Iterable
 from math import prod
@@ -28,16 +26,22 @@ from carso.errors import (
     TooManyImages,
     UndecodableBase64,
 )
-from carso.images import json_values
+from carso.images import base64_text, json_values
 from carso.images.numbers import Source, from_lists
 
 INPUT = "images"
 NOT_OFFERED = frozenset(("shared_memory_region", "classification"))  # extensions of Triton's that change a tensor
 
-InputType = Literal["FP16", "FP32", "FP64", "UINT8", "BYTES"]
+FloatType = Literal["FP16", "FP32", "FP64"]
+WholeType = Literal["BOOL", "UINT8", "UINT16", "UINT32", "UINT64", "INT8", "INT16", "INT32", "INT64"]
+InputType = FloatType | WholeType | Literal["BYTES"]
 OutputType = Literal["BOOL", "INT64", "FP64", "BYTES"]
 
-_NUMBERS = {"FP16": np.float16, "FP32": np.float32, "FP64": np.float64, "UINT8": np.uint8}
+_NUMBERS: dict[str, type[np.generic]] = {
+    **{"FP16": np.float16, "FP32": np.float32, "FP64": np.float64, "BOOL": np.bool_},
+    **{"UINT8": np.uint8, "UINT16": np.uint16, "UINT32": np.uint32, "UINT64": np.uint64},
+    **{"INT8": np.int8, "INT16": np.int16, "INT32": np.int32, "INT64": np.int64},
+}
 _PACKED = {"BOOL": np.bool_, "INT64": np.int64, "FP64": np.float64}
 
 
@@ -75,8 +79,8 @@ class Input(_Part):
         min_length=1, max_length=4, description="[N, C, H, W] or what .npy may have; of BYTES, [N] or [N, 1]."
     )
     datatype: InputType = Field(
-        description="Floating point in the bundle's range; UINT8, which is scaled to it; BYTES: encoded images, in "
-        "JSON as base64."
+        description="Floating point in the bundle's range; BOOL: the ends of it; UINT16: scaled to it from 0..65535; "
+        "other integers: scaled to it from 0..255; BYTES: encoded images, in JSON as base64."
     )
     parameters: InputParameters | None = None
     data: list[Any] | None = Field(default=None, description="Flat or nested; nothing if it comes in binary form.")
@@ -186,15 +190,19 @@ def _listed_array(tensor: Input, data: list[Any]) -> np.ndarray:
     array = from_lists(data)
     if array.size != prod(tensor.shape):
         raise InvalidTensor(f"shape {tensor.shape} takes {prod(tensor.shape)} values, and data holds {array.size}")
-    if tensor.datatype == "UINT8":
-        if array.dtype.kind == "f":
-            raise NotNumbers("data of a UINT8 tensor holds numbers with a fraction: send integers, or FP32")
-        if array.min() < 0 or array.max() > 255:
-            raise OutOfRange("data of a UINT8 tensor holds a value outside 0 to 255")
-        array = array.astype(np.uint8)
-    elif array.dtype.kind != "f":
-        array = array.astype(np.float64)
+    dtype = np.dtype(_NUMBERS[tensor.datatype])
+    array = array.astype(np.float64) if dtype.kind == "f" else _whole(tensor.datatype, array, dtype)
     return array.reshape(tensor.shape)
+
+
+def _whole(datatype: str, array: np.ndarray, dtype: np.dtype[Any]) -> np.ndarray:
+    """Return numbers of JSON as integers or bool. Raises NotNumbers, OutOfRange."""
+    if not np.isfinite(array).all() or (array != np.floor(array)).any():
+        raise NotNumbers(f"data of a {datatype} tensor holds numbers with a fraction: send whole numbers, or FP32")
+    least, most = (0, 1) if dtype.kind == "b" else (0, 65535 if dtype == np.uint16 else 255)
+    if array.min() < least or array.max() > most:
+        raise OutOfRange(f"data of a {datatype} tensor holds a value outside {least} to {most}: scale the values")
+    return array.astype(dtype)
 
 
 def _encoded_images(tensor: Input, packed: bytes, *, max_images: int) -> list[Source]:
@@ -230,10 +238,9 @@ def _flat(data: list[Any]) -> list[Any]:
 
 
 def _decoded(entry: Any, index: int) -> bytes:
-    try:
-        return base64.b64decode(entry, validate=True)
-    except (TypeError, binascii.Error, ValueError) as e:
-        raise UndecodableBase64(f"image {index} is not base64 of an encoded image ({e})") from None
+    if not isinstance(entry, str):
+        raise UndecodableBase64(f"image {index} is {shown(entry)}, not base64 of an encoded image")
+    return base64_text.decoded(entry, index)
 
 
 def respond(response: dict[str, Any], tensors: Iterable[tuple[str, OutputType, Any, bool]]) -> tuple[bytes, int | None]:

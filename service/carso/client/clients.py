@@ -13,6 +13,7 @@ from typing import Self, TypedDict
 
 import httpx
 
+from carso.choices import Fit
 from carso.client import DEFAULT_URL
 from carso.client.call import Call, Patience, R
 from carso.client.connections import route_to
@@ -134,6 +135,9 @@ class Client(_Calls):
         risk: float | None = None,
         seed: int | None = None,
         resize: bool = False,
+        fit: Fit = "pad",
+        invert: bool = False,
+        background: str | None = None,
         deadline: float | None = None,
     ) -> RobustResult:
         """Classify images on the robust path: both passes, and a vote.
@@ -146,24 +150,39 @@ class Client(_Calls):
         [N, H, W] (one channel) or [N, C, H, W], as uint8, or as floating point in the bundle's value range (see
         `info`). `samples`: votes to count per image, at most. `risk`: the chance, per image, that early stopping elects
         another class than the full count would; 0 counts until the outcome is certain. `seed`: of the latents, from 0
-        to 2^53 - 1; the same request with the same seed gets the same votes. `resize`: scale images of another height
-        and width, instead of having them refused. `deadline`: seconds for everything, retries included; the service is
-        told what is left of it, and answers by then with the votes cast so far (`complete` is False). What is None is
-        the service's default.
+        to 2^53 - 1; the same request with the same seed gets the same votes. `resize`: scale encoded images of another
+        height and width, instead of having them refused; arrays are never scaled. `fit`: "pad" keeps their
+        proportions, "stretch" does not. `invert`: turn every value round, as for dark ink on white paper.
+        `background`: what transparent pixels show: "white", "black", or a colour as "RRGGBB". `deadline`: seconds for
+        everything, retries included; the service is told what is left of it, and answers by then with the votes cast so
+        far (`complete` is False). What is None is the service's default.
 
         Returns one prediction per image, in the order sent. Raises RequestRefused, Unavailable, DeadlineExceeded,
         UnexpectedAnswer; OSError for a file that cannot be read; TypeError and ValueError for what cannot be sent.
         """
-        options = _options(samples=samples, risk=risk, seed=seed, resize=resize)
+        options = _options(
+            samples=samples, risk=risk, seed=seed, resize=resize, fit=fit, invert=invert, background=background
+        )
         return self._run(self._robust(images, options, deadline))
 
-    def classify_fast(self, images: Images, *, resize: bool = False, deadline: float | None = None) -> FastResult:
+    def classify_fast(
+        self,
+        images: Images,
+        *,
+        resize: bool = False,
+        fit: Fit = "pad",
+        invert: bool = False,
+        background: str | None = None,
+        deadline: float | None = None,
+    ) -> FastResult:
         """Classify images on the fast path: the classifier alone. Arguments and errors are those of `classify`.
 
         (prediction,) = client.classify_fast(png_bytes).predictions
         print(prediction.class_name, prediction.probabilities[prediction.label])
         """
-        return self._run(self._fast(images, _options(resize=resize), deadline))
+        return self._run(
+            self._fast(images, _options(resize=resize, fit=fit, invert=invert, background=background), deadline)
+        )
 
     def info(self) -> Info:
         """Ask what is served, with which limits, on which device. Errors are those of `classify`.
@@ -260,21 +279,37 @@ class AsyncClient(_Calls):
         risk: float | None = None,
         seed: int | None = None,
         resize: bool = False,
+        fit: Fit = "pad",
+        invert: bool = False,
+        background: str | None = None,
         deadline: float | None = None,
     ) -> RobustResult:
         """Classify images on the robust path, as `Client.classify` does.
 
         (prediction,) = (await client.classify("digit.png", risk=0)).predictions
         """
-        options = _options(samples=samples, risk=risk, seed=seed, resize=resize)
+        options = _options(
+            samples=samples, risk=risk, seed=seed, resize=resize, fit=fit, invert=invert, background=background
+        )
         return await self._run(self._robust(images, options, deadline))
 
-    async def classify_fast(self, images: Images, *, resize: bool = False, deadline: float | None = None) -> FastResult:
+    async def classify_fast(
+        self,
+        images: Images,
+        *,
+        resize: bool = False,
+        fit: Fit = "pad",
+        invert: bool = False,
+        background: str | None = None,
+        deadline: float | None = None,
+    ) -> FastResult:
         """Classify images on the fast path, as `Client.classify_fast` does.
 
         (prediction,) = (await client.classify_fast("digit.png")).predictions
         """
-        return await self._run(self._fast(images, _options(resize=resize), deadline))
+        return await self._run(
+            self._fast(images, _options(resize=resize, fit=fit, invert=invert, background=background), deadline)
+        )
 
     async def info(self) -> Info:
         """Ask what is served, as `Client.info` does.
@@ -344,6 +379,11 @@ def checked_url(url: str) -> str:
     return url
 
 
-def _options(*, resize: bool, **options: object) -> dict[str, object]:
-    """Make query parameters. `resize` is one only if it is wanted: the default everywhere is not to."""
-    return {**options, "resize": True if resize else None}
+def _options(*, resize: bool, fit: Fit, invert: bool, **options: object) -> dict[str, object]:
+    """Make query parameters. Those that have their default everywhere are left out."""
+    return {
+        **options,
+        "resize": True if resize else None,
+        "fit": None if fit == "pad" else fit,
+        "invert": True if invert else None,
+    }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from carso.choices import Fit
 from carso.client import DEFAULT_URL
 
 if TYPE_CHECKING:
@@ -58,7 +59,14 @@ def classify(
     risk: Risk = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**53 - 1, help="Seed of the latents.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds for each file, retries included.")] = None,
-    resize: Annotated[bool, typer.Option("--resize", help="Scale images of another size.")] = False,
+    resize: Annotated[bool, typer.Option("--resize", help="Scale encoded images of another size.")] = False,
+    fit: Annotated[
+        Fit, typer.Option(help="With --resize: keep proportions and pad, or stretch to the bundle's.")
+    ] = "pad",
+    invert: Annotated[bool, typer.Option("--invert", help="Invert the values, as for dark ink on white.")] = False,
+    background: Annotated[
+        str | None, typer.Option(help="What transparent pixels show: white, black or a colour as RRGGBB.")
+    ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -73,17 +81,28 @@ def classify(
 
     rows: list[tuple[str, Prediction]] = []
     failed = False
+
+    def ask(client: Client, image: Path | bytes) -> RobustResult | FastResult:
+        if fast:
+            return client.classify_fast(
+                image, resize=resize, fit=fit, invert=invert, background=background, deadline=deadline
+            )
+        return client.classify(
+            image,
+            samples=samples,
+            risk=risk,
+            seed=seed,
+            resize=resize,
+            fit=fit,
+            invert=invert,
+            background=background,
+            deadline=deadline,
+        )
+
     with _reported(), Client(url) as client:
         for file in files:
-            result: RobustResult | FastResult
             try:
-                image = sys.stdin.buffer.read() if file == STANDARD_INPUT else file
-                if fast:
-                    result = client.classify_fast(image, resize=resize, deadline=deadline)
-                else:
-                    result = client.classify(
-                        image, samples=samples, risk=risk, seed=seed, resize=resize, deadline=deadline
-                    )
+                result = ask(client, sys.stdin.buffer.read() if file == STANDARD_INPUT else file)
             except OSError as e:
                 _complain(f"{file}: {e.strerror or e}")
                 failed = True

@@ -11,6 +11,8 @@ A service may withhold its evidence (CARSO_EVIDENCE=label). A prediction then ha
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import BaseModel, ConfigDict
 
 
@@ -85,6 +87,10 @@ class RobustResult(_Result):
     """The answer of `classify`."""
 
     predictions: tuple[RobustPrediction, ...]  # one per image, in the order sent
+    # what `carso verify` counts again with
+    images: tuple[str, ...] | None = None  # SHA-256 of each image as the service read it
+    options: dict[str, Any] | None = None  # of the request, those that were not given included
+    precision: str | None = None  # of the votes
 
 
 class InputSpec(_Value):

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import base64
-import binascii
-import re
+import codecs
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,15 +11,14 @@ from carso.errors import (
     EmptyBatch,
     MissingImages,
     TooManyImages,
-    UndecodableBase64,
     UnsupportedMediaType,
 )
-from carso.images import json_values, multipart, npy
-from carso.images.media_types import IMAGE_ALIASES, IMAGE_TYPES, JSON, MEDIA_TYPES, MULTIPART, NPY
+from carso.images import base64_text, encoded, json_values, multipart, npy
+from carso.images.media_types import IMAGE_ALIASES, IMAGE_TYPES, JSON, MEDIA_TYPES, MULTIPART, NPY, UNSAID
 from carso.images.numbers import Source
 
 _RAW = frozenset((*IMAGE_TYPES, *IMAGE_ALIASES))
-_DATA_URL = re.compile(r"\Adata:[^,]{0,100};base64,")
+_BOMS = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 
 
 @dataclass(frozen=True)
@@ -35,10 +32,12 @@ class Body:
 def parse(content_type: str, data: bytes, *, max_images: int, max_values: int) -> Body:
     """Take a body apart without decoding any image. At most `max_images` are allowed, and `max_values` in JSON.
 
-    Raises UnsupportedMediaType, MissingImages, EmptyBatch, TooManyImages, UndecodableBase64, and the errors of
+    If the Content-Type is one that clients send when they were told nothing, or if there is none, the bytes decide.
+    Raises UnsupportedMediaType, MissingImages, EmptyBatch, TooManyImages, and the errors of base64_text.decoded,
     json_values.parse, npy.parse and multipart.parse.
     """
-    media_type = content_type.partition(";")[0].strip().lower()
+    said = content_type.partition(";")[0].strip().lower()
+    media_type = _by_bytes(data) if said in UNSAID else said
     if media_type in _RAW:
         return Body([data])
     if media_type == JSON:
@@ -48,10 +47,21 @@ def parse(content_type: str, data: bytes, *, max_images: int, max_values: int) -
     if media_type == MULTIPART:
         return Body(list(multipart.parse(content_type, data, max_files=max_images)))
     raise UnsupportedMediaType(
-        f"Content-Type {shown(media_type)} is not supported: send one of {', '.join(MEDIA_TYPES)}"
-        if media_type
-        else f"the request has no Content-Type: send one of {', '.join(MEDIA_TYPES)}"
+        f"Content-Type {shown(said)} is not supported{', and the bytes do not tell what they are' * (said in UNSAID)}: "
+        f"send one of {', '.join(MEDIA_TYPES)}"
+        if said
+        else "the request has no Content-Type, and the bytes do not tell what they are: send one of "
+        f"{', '.join(MEDIA_TYPES)}"
     )
+
+
+def _by_bytes(data: bytes) -> str:
+    """Return the media type that the first bytes of a body tell, or nothing."""
+    if encoded.recognised(data):
+        return IMAGE_TYPES[0]  # which of them does not matter
+    if data.startswith(npy.SIGNATURE):
+        return NPY
+    return JSON if data.startswith((b"{", b"[", *_BOMS)) or data[:64].replace(b"\0", b"").lstrip()[:1] == b"{" else ""
 
 
 def _json(data: bytes, *, max_images: int, max_values: int) -> Body:
@@ -64,11 +74,5 @@ def _json(data: bytes, *, max_images: int, max_values: int) -> Body:
         raise EmptyBatch("images is empty: send at least one")
     if len(images) > max_images:
         raise TooManyImages(f"images holds {len(images)}, at most {max_images} are allowed: send several requests")
-    return Body([_base64(entry, i) if isinstance(entry, str) else entry for i, entry in enumerate(images)], content)
-
-
-def _base64(text: str, index: int) -> bytes:
-    try:
-        return base64.b64decode(_DATA_URL.sub("", text, count=1), validate=True)
-    except (binascii.Error, ValueError) as e:
-        raise UndecodableBase64(f"image {index} is a string but not base64 of an encoded image ({e})") from None
+    sources = [base64_text.decoded(entry, i) if isinstance(entry, str) else entry for i, entry in enumerate(images)]
+    return Body(sources, content)

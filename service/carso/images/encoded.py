@@ -3,32 +3,60 @@
 PNG, JPEG, WebP and BMP are read. The bytes decide which it is, not the declared type. Cameras, browsers, drawing
 programs and scanners write these formats, with one picture per file. Every further decoder is attack surface. So GIF
 and TIFF, whose files hold several pictures, and Pillow's fifty other formats are not read.
+
+Pixels that are damaged or missing make a file unreadable. Whatever else is wrong with it does not.
 """
 
 from __future__ import annotations
 
 import io
-from typing import cast
+from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 from PIL import (
     Image,
-    ImageOps,
     UnidentifiedImageError,
     WebPImagePlugin,  # noqa: F401  Pillow loads it on its own only when every format is allowed
 )
 
-from carso.errors import AnimatedImage, TooManyPixels, TransparentImage, UndecodableImage
+from carso.errors import AnimatedImage, RequestError, TooManyPixels, TransparentImage, UndecodableImage
+from carso.images import jpeg, png
+from carso.images.orientation import upright
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
-
-# Scans, and Exif segments, of one JPEG. Each scan goes over all pixels once more, however few bytes it has (4 ms at
-# 2048 x 2048). At each further Exif segment, Pillow copies all Exif data read so far. Encoders write at most 10
-# scans and 1 segment; thumbnails and previews in the same file have their own.
-MAX_SCANS = 64
-# Pieces of one file. Pillow takes a file apart in Python, at 1 to 2 microseconds a piece, and 8 MiB may be millions of
-# empty pieces. An honest image of 2048 x 2048 pixels has some thousands.
+# Reads of one file. Pillow takes some files apart in Python, at 1 to 2 microseconds a piece, and 8 MiB may be millions
+# of pieces. An honest image of 2048 x 2048 pixels has some thousands.
 MAX_READS = 2**16
+# From this alpha on, a pixel counts as opaque: whatever is behind it changes it by one level of 256 at most.
+OPAQUE = 254
+
+Colour = tuple[int, int, int]  # red, green, blue, each from 0 to 255
+
+
+class Picture(Protocol):
+    """An image file of which no pixel is decoded yet."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height in the file."""
+
+    @property
+    def bits(self) -> int:
+        """Of a value in the file: 8 or fewer, or 16."""
+
+    @property
+    def exif(self) -> bytes:
+        """Its Exif data, or nothing."""
+
+    def charge(self, *, at_least: int | None) -> int:
+        """Return the pixels that decoding costs. `at_least`: as of `decoded`."""
+
+    def decoded(self, mode: str, *, at_least: int | None) -> Image.Image:
+        """Return the picture in `mode` (L or RGB), or in a mode of its own; not turned yet.
+
+        `at_least`: if decoding to a smaller picture is cheaper, the height and width that it must have; None: the
+        picture must have its size.
+        """
 
 
 class _Bounded(io.BytesIO):
@@ -43,16 +71,49 @@ class _Bounded(io.BytesIO):
         return super().read(size)
 
 
-def opened(data: bytes) -> Image.Image:
-    """Open an image: its header is read and no pixel is decoded. Its `size` is (width, height).
+@dataclass(frozen=True)
+class _ByPillow:
+    """A WebP or BMP file."""
+
+    _image: Image.Image
+    bits: int = 8
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self._image.size
+
+    @property
+    def exif(self) -> bytes:
+        return cast("bytes", self._image.info.get("exif", b""))
+
+    def charge(self, *, at_least: int | None) -> int:
+        return self.size[0] * self.size[1]
+
+    def decoded(self, mode: str, *, at_least: int | None) -> Image.Image:
+        self._image.load()
+        if self._image.format == "BMP" and self._image.mode == "RGBA" and _alpha(self._image)[1] == 0:
+            return self._image.convert("RGB")  # a fourth byte that is nowhere used is not transparency
+        return self._image
+
+
+def recognised(data: bytes) -> bool:
+    """Tell from its first bytes whether a file is in one of the formats that are read."""
+    return data.startswith((png.SIGNATURE, jpeg.SIGNATURE, b"BM")) or (data[:4] == b"RIFF" and data[8:12] == b"WEBP")
+
+
+def opened(data: bytes) -> Picture:
+    """Open an image: its header is read and no pixel is decoded.
 
     Raises UndecodableImage and AnimatedImage. Raises TooManyPixels beyond Pillow's own limit, which is above ours.
     """
-    _check_scans(data)
+    if data.startswith(png.SIGNATURE):
+        return png.opened(data)
+    if data.startswith(jpeg.SIGNATURE):
+        return jpeg.opened(data)
     try:
         # a smaller file has fewer pieces anyway, and counting makes each read take twice as long
         file = _Bounded(data) if len(data) > MAX_READS else io.BytesIO(data)
-        image = Image.open(file, formats=FORMATS)
+        image = Image.open(file, formats=("WEBP", "BMP"))
     except UnidentifiedImageError:
         raise UndecodableImage(
             f"these {len(data)} bytes are not an image in a supported format: send PNG, JPEG, WebP or BMP"
@@ -61,73 +122,70 @@ def opened(data: bytes) -> Image.Image:
         raise TooManyPixels(f"{e}: scale the image down") from None
     except Exception as e:  # decoders raise errors of any kind on hostile bytes: there is no closed list
         raise UndecodableImage(f"the image's header cannot be read ({e}): send an intact file") from None
-    if not _whole(image, data):
-        raise UndecodableImage(f"the {image.format} file of {len(data)} bytes is truncated: send all of it")
-    # a photo in MPO format is a JPEG with previews after the picture itself: its first frame is the picture
-    if image.format != "MPO" and getattr(image, "n_frames", 1) > 1:
-        raise AnimatedImage(f"the file holds {getattr(image, 'n_frames', 1)} frames: send one of them")
-    return image
+    if (frames := getattr(image, "n_frames", 1)) > 1:
+        raise AnimatedImage(f"the file holds {frames} frames: send one of them")
+    return _ByPillow(image)
 
 
-def _check_scans(data: bytes) -> None:
-    if not data.startswith(b"\xff\xd8"):
-        return
-    for what, mark in (("scans", b"\xff\xda"), ("Exif segments", b"Exif\0\0")):
-        if (found := data.count(mark)) > MAX_SCANS:
-            raise UndecodableImage(f"the JPEG file has {found} {what}, at most {MAX_SCANS} are allowed: save it again")
-
-
-def _whole(image: Image.Image, data: bytes) -> bool:
-    """Return whether the end of the file is there. Pillow does not always tell: it fills up some of what is missing."""
-    match image.format:
-        case "PNG":
-            return b"IEND\xae\x42\x60\x82" in data
-        case "JPEG":
-            return b"\xff\xd9" in data
-        case "BMP":
-            return int.from_bytes(data[2:6], "little") <= len(data)
-    return True
-
-
-def pixels(image: Image.Image, *, channels: int) -> np.ndarray:
+def pixels(
+    picture: Picture, *, channels: int, background: Colour | None = None, at_least: int | None = None
+) -> np.ndarray:
     """Decode to [channels, H, W] uint8, or uint16 for 16-bit grey images.
 
-    1 channel is grey (ITU-R 601 luma), 3 are RGB. The EXIF orientation is applied; colour profiles are not. 16-bit
-    colour is read to 8 bits.
+    1 channel is grey (ITU-R 601 luma), 3 are RGB. The Exif orientation is applied; colour profiles are not. 16-bit
+    colour is read to 8 bits. `background`: what transparent pixels show. `at_least`: as of Picture.decoded.
 
-    Raises UndecodableImage, and TransparentImage unless every pixel is opaque. What a transparent pixel shows depends
-    on a background, which the service does not have. An image that one viewer sees on white and another on black is a
-    way to deceive both.
+    Raises UndecodableImage. Without a background, raises TransparentImage unless every pixel is opaque: an image that
+    one viewer sees on white and another on black is a way to deceive both.
     """
+    mode = "L" if channels == 1 else "RGB"
     try:
-        image.load()
-        if image.info:  # where the orientation would be
-            ImageOps.exif_transpose(image, in_place=True)
+        image = upright(picture.decoded(mode, at_least=at_least), picture.exif)
         grey16 = image.mode.startswith("I")
-        if image.has_transparency_data:
-            opaque = _opaque_16_bit(image) if grey16 else _opaque(image)
-            image = image if grey16 else image.convert("RGBA")
+        if grey16:
+            array = _grey16(image, background)
         else:
-            opaque = True
-        if not grey16 and image.mode != (mode := "L" if channels == 1 else "RGB"):
-            image = image.convert(mode)
-        array = np.asarray(image)
+            image = _on(background, image) if image.has_transparency_data else image
+            array = np.asarray(image if image.mode == mode else image.convert(mode))
+    except RequestError:
+        raise
     except Exception as e:  # as above
-        raise UndecodableImage(f"the {image.format} file is damaged or truncated ({e}): send an intact file") from None
-    if not opaque:
-        raise TransparentImage("some pixels are transparent: put the image on the background that it is meant for")
-    if grey16:
-        array = array.astype(np.uint16)
+        raise UndecodableImage(f"the image file is damaged or truncated ({e}): send an intact file") from None
     if array.ndim == 3:
         return array.transpose(2, 0, 1)
     return array[None] if channels == 1 else np.broadcast_to(array, (channels, *array.shape))
 
 
-def _opaque(image: Image.Image) -> bool:
-    least, _ = cast("tuple[int, int]", image.convert("RGBA").getchannel("A").getextrema())
-    return least == 255
+def _on(background: Colour | None, image: Image.Image) -> Image.Image:
+    """Return the image as it is seen on a background."""
+    image = image if image.mode == "RGBA" else image.convert("RGBA")
+    if _alpha(image)[0] >= OPAQUE:
+        return image.convert("RGB")
+    if background is None:
+        raise _transparent()
+    seen = Image.new("RGB", image.size, background)
+    seen.paste(image, mask=image)
+    return seen
 
 
-def _opaque_16_bit(image: Image.Image) -> bool:
-    """Tell whether no pixel is transparent. In Pillow, 16-bit grey has one transparent value and no alpha channel."""
-    return not bool((np.asarray(image) == image.info["transparency"]).any())
+def _alpha(image: Image.Image) -> tuple[int, int]:
+    """Return the least and the most alpha of an RGBA image."""
+    return cast("tuple[int, int]", image.getchannel("A").getextrema())
+
+
+def _grey16(image: Image.Image, background: Colour | None) -> np.ndarray:
+    """Return [H, W] uint16. In Pillow, 16-bit grey has one transparent value and no alpha channel."""
+    array = np.asarray(image).astype(np.uint16)
+    if image.has_transparency_data and (hidden := array == image.info["transparency"]).any():
+        if background is None:
+            raise _transparent()
+        red, green, blue = background
+        array[hidden] = round(257 * (0.299 * red + 0.587 * green + 0.114 * blue))
+    return array
+
+
+def _transparent() -> TransparentImage:
+    return TransparentImage(
+        "some pixels are transparent: put the image on the background that it is meant for, or name it with "
+        "background=white, black or RRGGBB"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from math import prod
 from typing import Any
 
@@ -27,8 +28,10 @@ def limit(shape: tuple[int, ...]) -> int:
 def parse(data: bytes, *, max_values: int) -> Any:
     """Parse JSON of at most `max_values` values and lists.
 
-    NaN and Infinity are read too, so that they can be refused by name. Raises BodyTooLarge, UndecodableJson.
+    It may be in UTF-8, UTF-16 or UTF-32, with a byte order mark or without. NaN and Infinity are read too, so that they
+    can be refused by name. Raises BodyTooLarge, UndecodableJson.
     """
+    data = _utf8(data)
     found = data.count(b",") + data.count(b"[") + data.count(b"{")
     if found > max_values or data.count(b":") > MAX_COLONS:
         raise BodyTooLarge(
@@ -38,4 +41,13 @@ def parse(data: bytes, *, max_values: int) -> Any:
     try:
         return from_json(data)
     except ValueError as e:
+        raise UndecodableJson(f"the body is not JSON ({e})") from None
+
+
+def _utf8(data: bytes) -> bytes:
+    if (encoding := json.detect_encoding(data)) == "utf-8":
+        return data
+    try:
+        return data.decode(encoding).encode()
+    except UnicodeError as e:
         raise UndecodableJson(f"the body is not JSON ({e})") from None

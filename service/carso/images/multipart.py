@@ -1,4 +1,4 @@
-"""Parse a multipart/form-data body to the files in its field `file`.
+"""Parse a multipart/form-data body to its files, whatever the fields are called that hold them.
 
 The files stay in memory, where the body already is, within its limit. Starlette's own form parser would write large
 parts to a disk, which may be read-only or full.
@@ -18,7 +18,7 @@ from carso.errors import EmptyBatch, TooManyImages, UndecodableMultipart, Unexpe
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-FIELD = "file"
+FIELD = b"file"  # a part of this name is a file even if it has no filename
 
 
 @dataclass(eq=False)
@@ -29,6 +29,7 @@ class _Parts:
     files: list[bytes] = field(default_factory=list)
     complete: bool = False
     _name: bytes = b""
+    _is_file: bool = False
     _header: bytes = b""
     _value: bytes = b""
     _content: list[bytes] = field(default_factory=list)
@@ -39,7 +40,7 @@ class _Parts:
             "on_header_field": self._add_to_header,
             "on_header_value": self._add_to_value,
             "on_header_end": self._end_header,
-            "on_headers_finished": self._check_name,
+            "on_headers_finished": self._check_file,
             "on_part_data": self._add_to_content,
             "on_part_end": self._end,
             "on_end": self._complete,
@@ -49,6 +50,7 @@ class _Parts:
         if len(self.files) == self.max_files:
             raise TooManyImages(f"the body holds more than {self.max_files} files: send them in several requests")
         self._name = self._header = self._value = b""
+        self._is_file = False
         self._content = []
 
     def _add_to_header(self, data: bytes, start: int, end: int) -> None:
@@ -59,13 +61,17 @@ class _Parts:
 
     def _end_header(self) -> None:
         if self._header.lower() == b"content-disposition":
-            self._name = parse_options_header(self._value)[1].get(b"name", b"")
+            options = parse_options_header(self._value)[1]
+            self._name = options.get(b"name", b"")
+            named = b"filename" in options or b"filename*=" in self._value.lower()
+            self._is_file = named or self._name == FIELD
         self._header = self._value = b""
 
-    def _check_name(self) -> None:
-        if (name := self._name.decode(errors="replace")) != FIELD:
+    def _check_file(self) -> None:
+        if not self._is_file:
             raise UnexpectedPart(
-                f"a part is named {shown(name)}: send images in the field {FIELD!r}, options as query parameters"
+                f"the part {shown(self._name.decode(errors='replace'))} is not a file: send images with a filename, "
+                "and options as query parameters"
             )
 
     def _add_to_content(self, data: bytes, start: int, end: int) -> None:
@@ -95,5 +101,5 @@ def parse(content_type: str, data: bytes, *, max_files: int) -> list[bytes]:
     if not parts.complete:
         raise UndecodableMultipart("the multipart body ends before its last boundary: send all of it")
     if not parts.files:
-        raise EmptyBatch(f"the body has no parts: send one or more images in the field {FIELD!r}")
+        raise EmptyBatch("the body has no parts: send one or more images, each as a file")
     return parts.files

@@ -12,9 +12,10 @@ import numpy as np
 from numpy.lib import format as npy_format
 
 from carso.errors import ObjectArray, UndecodableNpy, UnsupportedDtype
+from carso.images.numbers import DTYPES
 
+SIGNATURE = b"\x93NUMPY"
 MAX_HEADER = 1024  # characters; np.save writes 118 for any plain array
-DTYPES = ("uint8", "float16", "float32", "float64")
 
 
 def parse(data: bytes) -> np.ndarray:

@@ -21,6 +21,9 @@ FASHION_MNIST = DatasetSpec(
     input_shape=(1, 28, 28),
     mean=0.2860,
     std=0.3530,
+    background=0.0,
+    expects="One article of a clothes shop, bright (high values) on a black background (low values), upright, in the "
+    "centre, filling the image.",
     files={
         "train-images-idx3-ubyte": "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
         "train-labels-idx1-ubyte": "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",

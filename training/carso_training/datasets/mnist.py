@@ -13,6 +13,9 @@ MNIST = DatasetSpec(
     input_shape=(1, 28, 28),
     mean=0.1307,
     std=0.3081,
+    background=0.0,
+    expects="One handwritten digit, bright (high values) on a black background (low values), upright, about 20 of 28 "
+    "pixels high, its centre of mass in the centre.",
     files={
         "train-images-idx3-ubyte": "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
         "train-labels-idx1-ubyte": "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",

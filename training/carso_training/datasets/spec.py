@@ -25,6 +25,8 @@ class DatasetSpec:
     input_shape: tuple[int, int, int]  # channels, height, width
     mean: float  # of the training pixels in [0, 1]
     std: float
+    background: float  # the value round the subject, in [0, 1]
+    expects: str  # what the images show, in which polarity and framing: a sentence for people
     files: Mapping[str, str]  # SHA-256 of each unpacked file, by name
     sources: tuple[Source, ...]  # tried in this order
     read: Callable[[Path, Split], Examples]  # from the folder that holds the files

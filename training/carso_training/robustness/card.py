@@ -32,6 +32,9 @@ that of the full count with at most that probability.
 
 ## Use
 
+Images must be like those it was trained on: {expects} An image that is not, such as one of the other polarity, gets an \
+answer all the same.
+
 The system is meant for research, teaching and tests on {dataset}. {norms} Nothing is known of its accuracy under \
 other threats, or on images that are not like those of {dataset}: every image gets an answer.
 
@@ -44,15 +47,15 @@ other threats, or on images that are not like those of {dataset}: every image ge
 - `manifest.json` lists the SHA-256 of each file.
 """
 
-HARDENED = """
-
-After the published training, the system was *hardened*: its networks were trained on together, end to end, on clean \
 TYPICAL = """
 
 ## Typical images
 
 An answer says whether its image is typical, which is to say like those that the purifier knows. {table}"""
 
+HARDENED = """
+
+After the published training, the system was *hardened*: its networks were trained on together, end to end, on clean \
 images, on images attacked through both passes at eps {eps}, and on images attacked on the first pass alone at eps \
 {first_pass_eps}. The second pass became a classifier of its own, which votes. In the table, *IAT* is the hardened \
 first pass. To measure adaptive accuracy, run `carso-train evaluate` on the bundle with `--protocol adaptive`."""
@@ -62,8 +65,8 @@ EXPLANATIONS: dict[Kind, str] = {
     "**white-box accuracy**: each classifier answers for images made against itself.",
     "transfer": "Column *CARSO* shows **transfer accuracy**: the images were made against the IAT classifier alone, "
     "and CARSO classified them. It says nothing about an attacker who differentiates through the whole of CARSO.",
-    "adaptive": "**Adaptive accuracy** is that against an attacker who knows and differentiates through the whole of "
-    "the defence, its randomness included.",
+    "adaptive": "**Adaptive accuracy**, in column *CARSO* of the first table, is that against an attacker who knows "
+    "and differentiates through the whole of the defence, its randomness included. It is the figure to go by.",
     "black-box": "**Black-box accuracy** is that against an attacker who sees only answers.",
 }
 FAILED_ATTACK = (
@@ -90,17 +93,18 @@ def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float, typical: T
         class_names=", ".join(recipe.data.classes),
         shape=list(recipe.data.input_shape),
         seed=recipe.seed,
+        expects=recipe.data.expects,
         images=" or ".join(str(count) for count in images),
         samples=recipe.samples,
         risk=risk,
         hardening="" if recipe.hardening is None else _hardened(recipe.hardening),
         table=as_markdown(cells),
         explanation=" ".join(sentences),
+        typical="" if typical is None else TYPICAL.format(table=typical_as_markdown(typical)),
         norms=f"The attacks are {' and '.join(norms)} attacks." if norms else "",
     )
 
 
-        typical="" if typical is None else TYPICAL.format(table=typical_as_markdown(typical)),
 def _hardened(hardening: Hardening) -> str:
     def listed(strengths: Strengths) -> str:
         return " or ".join(f"{eps:.2f}" for eps, _ in strengths)
