@@ -399,7 +399,7 @@ def test_a_page_is_written_from_its_figures_and_says_when_it_is_not(tmp_path, mo
 
 def test_systems_stand_side_by_side_with_what_their_purifiers_add_or_take(tmp_path):
     page = tmp_path / "page.md"
-    page.write_text("<!-- measured: one two -->\n<!-- end -->\n")
+    page.write_text("<!-- compared: one two -->\n<!-- end -->\n")
     for name, whole, alone in (("one", 100, 120), ("two", 150, 120)):
         (tmp_path / "page" / name).mkdir(parents=True)
         for protocol, defence, correct in (("adaptive", "carso", whole), ("strong", "classifier", alone)):

@@ -6,7 +6,8 @@ A page has its tables between two lines, which this keeps:
     <!-- end -->
 
 The name is that of a folder of figures; these folders lie in one that is named after the page, without its suffix. With
-several names, the systems stand side by side. The plots (`plots.py`) are written beside the folders.
+`compared` in place of `measured`, the systems of several folders stand side by side in one table. The plots
+(`plots.py`) are written beside the folders.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ from carso_training.robustness import figures
 from carso_training.robustness.figures import Figure, Measured, Sanity
 from carso_training.robustness.table import wilson
 
-PLACE = re.compile(r"(?P<head><!-- measured: (?P<names>[\w./ -]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
+PLACE = re.compile(
+    r"(?P<head><!-- (?P<what>measured|compared): (?P<names>[\w./ -]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+)
 TITLES = {
     ("strong", "classifier"): "the classifier alone, strong attacks",
     ("adaptive", "carso"): "CARSO, adaptive attacks",
@@ -36,11 +39,11 @@ def updated(path: Path) -> str:
     """
     root = path.with_suffix("")
 
-    def part(names: str) -> str:
+    def part(what: str, names: str) -> str:
         folders = [root / name for name in names.split()]
-        return as_markdown(folders[0]) if len(folders) == 1 else side_by_side(folders)
+        return side_by_side(folders) if what == "compared" else "\n\n".join(map(as_markdown, folders))
 
-    return PLACE.sub(lambda m: f"{m['head']}\n{part(m['names'])}\n\n{m['end']}", path.read_text())
+    return PLACE.sub(lambda m: f"{m['head']}\n{part(m['what'], m['names'])}\n\n{m['end']}", path.read_text())
 
 
 def update(path: Path) -> bool:
