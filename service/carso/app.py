@@ -115,6 +115,7 @@ def build(settings: Settings) -> Service:
         description=DESCRIPTION,
         lifespan=_lifespan(engine, lifecycle, pool, tracing, served=served),
         redoc_url=None,
+        generate_unique_id_function=openapi.operation_id,
         redirect_slashes=False,  # a redirect would repeat the Host that the client sent, and forget https
         root_path=settings.root_path,
     )
@@ -136,6 +137,7 @@ def build(settings: Settings) -> Service:
         bundle,
         options,
         provider=provider,
+        precision=settings.precision,
         max_images=settings.max_images,
         evidence=settings.evidence,
     )
@@ -156,8 +158,8 @@ def build(settings: Settings) -> Service:
         for path in get_args(PathName)
     ]
     open_inference.add_to(app, models, probes)
-    if keys:
-        app.openapi = openapi.guarded(app, but=PROBES)  # type: ignore[method-assign]  # FastAPI's own way to do it
+    # FastAPI's own way to do it
+    app.openapi = openapi.documented(app, keys=keys is not None, but=PROBES)  # type: ignore[method-assign]
     for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, refuse)
     app.add_middleware(
