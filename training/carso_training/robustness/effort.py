@@ -24,7 +24,7 @@ class Effort:
 
 
 EFFORTS: dict[EffortName, Effort] = {
-    # on one core, at most a second for each image that withstands it: a look, and a baseline for tests
+    # on an idle core, about a second for each image that withstands it: a look, and a baseline for tests
     "quick": Effort(
         name="quick",
         steps=50,
@@ -36,7 +36,7 @@ EFFORTS: dict[EffortName, Effort] = {
         latents_of_square=4,
         draws=2,
     ),
-    # on one core, about eight seconds for each image that withstands it
+    # on an idle core, about ten seconds for each image that withstands it
     "thorough": Effort(
         name="thorough",
         steps=100,

@@ -82,22 +82,19 @@ def side_by_side(folders: Sequence[Path]) -> str:
     for folder in folders:
         found, _ = _read(folder)
         by_place = {(f.protocol, f.cell.threat.eps): f for f in found if (f.protocol, f.cell.defence) in TITLES}
-        for eps in sorted({eps for _, eps in by_place}):
-            whole, alone = (by_place.get((protocol, eps)) for protocol in ("adaptive", "strong"))
-            if whole is not None or len(by_place) == 1:
-                rows.append([folder.name, f"{eps:.2f}", *_compared(whole, alone)])
+        rows += [
+            [folder.name, f"{eps:.2f}", *_compared(figure, by_place.get(("strong", eps)))]
+            for (protocol, eps), figure in sorted(by_place.items(), key=lambda item: item[0][1])
+            if protocol == "adaptive"
+        ]
     heads = ["system", "eps", "CARSO, adaptive", "its classifier alone", "the purifier adds", "images", "effort"]
     return _table(heads, rows)
 
 
-def _compared(whole: Figure | None, alone: Figure | None) -> list[str]:
-    first = whole or alone
-    assert first is not None
+def _compared(whole: Figure, alone: Figure | None) -> list[str]:
     shown = ["-" if figure is None else _share(figure.cell.correct, figure.cell.images) for figure in (whole, alone)]
-    gained = "-"
-    if whole is not None and alone is not None:
-        gained = f"{whole.cell.accuracy - alone.cell.accuracy:+.1f} points"
-    return [*shown, gained, str(first.cell.images), str(first.cell.threat.settings.get("effort", "-"))]
+    gained = "-" if alone is None else f"{whole.cell.accuracy - alone.cell.accuracy:+.1f} points"
+    return [*shown, gained, str(whole.cell.images), str(whole.cell.threat.settings.get("effort", "-"))]
 
 
 def accuracies(found: Sequence[Figure]) -> str:
