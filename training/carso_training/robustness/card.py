@@ -32,8 +32,8 @@ that of the full count with at most that probability.
 
 ## Use
 
-Images must be like those it was trained on: {expects} An image that is not, such as one of the other polarity, gets an \
-answer all the same.
+Images must be like those it was trained on: {expects} An image that is not, such as one of the other polarity, gets \
+an answer all the same.
 
 The system is meant for research, teaching and tests on {dataset}. {norms} Nothing is known of its accuracy under \
 other threats, or on images that are not like those of {dataset}: every image gets an answer.
