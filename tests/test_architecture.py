@@ -20,8 +20,8 @@ ROOMS = (
     ("telemetry",),
     ("http",),
     ("api",),
-    ("app",),
-    ("command", "verification"),
+    ("app", "verification"),
+    ("command",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}
 FLOORS = 8

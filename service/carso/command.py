@@ -49,6 +49,7 @@ def command_line(*, with_settings: bool = True) -> Any:
     """
     import typer
 
+    from carso import verification
     from carso.client import commands
 
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -69,7 +70,7 @@ def command_line(*, with_settings: bool = True) -> Any:
         """Serve image classification that is hardened against adversarial inputs, and ask such a service."""
 
     serve.__signature__ = inspect.Signature(_options() if with_settings else ())  # type: ignore[attr-defined]  # PEP 362
-    for part in (serve, commands.classify, commands.info, commands.bench):
+    for part in (serve, commands.classify, commands.info, commands.bench, verification.verify):
         app.command()(part)
     return app
 

@@ -6,9 +6,11 @@ would cost more than the first pass does. The tests hold them against the models
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from carso.bundle import Bundle, Cell, InputSpec, Typical
@@ -121,9 +123,12 @@ class FastAnswer(_Trailer):
 
 
 class RobustAnswer(_Trailer):
-    """The answer of /classify."""
+    """The answer of /classify. It holds all that its count depends on: `carso verify` counts again."""
 
     predictions: list[RobustPrediction] = Field(description="One per image, in the order sent.")
+    images: list[str] = Field(description="SHA-256 of each image as it was read: float32, [C, H, W], little-endian.")
+    options: dict[str, Any] = Field(description="Every option of the request, those that were not given included.")
+    precision: Precision = Field(description="Of the votes.")
     timings: RobustTimings
 
 
@@ -249,6 +254,11 @@ def robust_predictions(
 
 
 TYPICAL_FIELDS = frozenset(("typical", "excess", "contrast"))  # absent where nobody asked the purifier
+def digests(images: np.ndarray) -> list[str]:
+    """Return the SHA-256 of each of some images [n, *shape] float32."""
+    return [hashlib.sha256(image.astype("<f4", copy=False).tobytes()).hexdigest() for image in images]
+
+
 _LABEL_FIELDS = frozenset(RobustLabel.model_fields)
 
 
