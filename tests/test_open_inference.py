@@ -291,13 +291,13 @@ def test_evidence_can_be_withheld_from_both_apis(tmp_path):
     with serving(shared_bundle(SMALL), tmp_path / "log", evidence="label") as server, server.client() as client:
         image = {"content": PNG, "headers": {"content-type": "image/png"}}
         robust, fast = (client.post(path, **image).json() for path in ("/classify", "/classify/fast"))
-        assert set(robust["predictions"][0]) == {"label", "class_name", "complete"}
+        assert set(robust["predictions"][0]) == {"label", "class_name", "typical", "complete"}
         assert set(fast["predictions"][0]) == {"label", "class_name"}
         assert "timings" not in robust
         assert "timings" not in fast
         assert client.get("/info").json()["limits"]["evidence"] == "label"
         outputs = client.post(f"/v2/models/{ROBUST}/infer", json=body()).json()["outputs"]
-        assert [output["name"] for output in outputs] == ["label", "class_name", "complete"]
+        assert [output["name"] for output in outputs] == ["label", "class_name", "typical", "complete"]
         (statistics,) = client.get(f"/v2/models/{ROBUST}/stats").json()["model_stats"]
         assert statistics["execution_count"] == 1
         assert statistics["inference_stats"] is None
