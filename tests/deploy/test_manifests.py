@@ -309,6 +309,25 @@ def test_api_keys_are_read_from_a_file_of_the_secret(tmp_path: Path) -> None:
     assert (str(file.parent), volume["secret"]["secretName"]) == (mount["mountPath"], "carso-api-keys")
 
 
+def test_traces_may_leave_for_the_collector_that_the_service_is_told_of(tmp_path: Path) -> None:
+    found = objects(rendered_with("monitoring", ("tracing",), tmp_path / "overlay"))
+    (spec,) = pod_specs(found)
+    variables = environment(spec["containers"][0])
+    assert variables["CARSO_TRACING"] == "true"
+    namespace, port = re.search(r"\.([a-z]+)\.svc:(\d+)$", variables["OTEL_EXPORTER_OTLP_ENDPOINT"]).groups()
+    policy = only(found, "NetworkPolicy")["spec"]
+    collector, names = policy["egress"]
+    assert collector["to"][0]["namespaceSelector"]["matchLabels"] == {"kubernetes.io/metadata.name": namespace}
+    assert [allowed["port"] for allowed in collector["ports"]] == [int(port)]
+    assert {allowed["port"] for allowed in names["ports"]} == {53}
+    assert len(policy["ingress"][0]["from"]) == 3  # which the monitoring component wrote
+
+
+def test_the_service_has_an_address_of_each_family_that_the_cluster_has() -> None:
+    assert only(objects(rendered("cpu")), "Service")["spec"]["ipFamilyPolicy"] == "PreferDualStack"
+    assert re.search(r"CARSO_HOST=(\S+)", _dockerfile())[1] == "::"
+
+
 def test_a_bundle_out_of_a_volume_is_mounted_where_the_service_reads_it(tmp_path: Path) -> None:
     (spec,) = pod_specs(objects(rendered_with("cpu", ("bundle-volume",), tmp_path / "overlay")))
     (container,), (volume,) = spec["containers"], spec["volumes"]
