@@ -29,6 +29,7 @@ from carso_training.fitting import attacked
 from carso_training.fitting.classifier import attacked_together
 from carso_training.networks import build_classifier
 from carso_training.recipe import PRESETS
+from carso_training.robustness import typical as typical_module
 from carso_training.robustness.published import DEFENCES
 from carso_training.robustness.voting import pipeline_of, robust_answers, vote_seeds
 from lightning_fabric import Fabric
@@ -141,6 +142,25 @@ def test_a_run_ends_in_a_bundle_that_says_what_it_is_and_what_was_measured(tiny_
     assert {cell.images for cell in manifest.table} == {30}
     assert all(cell.published is not None for cell in manifest.table)
     assert "transfer accuracy" in (tiny_run / "bundle" / "MODEL_CARD.md").read_text()
+
+
+def test_a_bundle_tells_which_images_are_typical_and_the_command_measures_it_again(
+    damaged: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle, out = damaged / "bundle", damaged / "figures/typical.json"
+    exported = Bundle.load(bundle).manifest.typical
+    assert exported is not None
+    assert exported.eps == 0.30
+    assert {row.images for row in exported.table if row.kind == "clean"} == {30}
+    assert "| clean | 30 |" in (bundle / "MODEL_CARD.md").read_text()
+
+    monkeypatch.setattr(typical_module, "TEST_IMAGES", 30)  # of the whole test set, which a bundle is measured on
+    said = carso_train("typical", bundle, "--write", "--out", out, "--accelerator", "cpu")
+    assert said.status == 0, said
+    again = Bundle.load(bundle).manifest.typical
+    assert again == exported
+    assert json.loads(out.read_bytes()) == json.loads(exported.model_dump_json())
+    assert "| clean | 30 |" in said.out
 
 
 def test_metrics_have_a_row_per_epoch(tiny_run: Path) -> None:

@@ -251,14 +251,15 @@ def typical_of(
     eps = max(attack.eps for attack in recipe.attacks)
     measuring = Typicalities(bundle, eps=eps, seed=seed, device=device)
     bounds = measuring.thresholds(validation[slice(VALIDATION_IMAGES)])
+    test = test[slice(TEST_IMAGES)]
     others: dict[str, Examples] = {}
     for name, data in DATASETS.items():
         if name != recipe.dataset and data.input_shape == recipe.data.input_shape:
             try:
-                others[name] = data.load("test", given=given)[slice(TEST_IMAGES)]
+                others[name] = data.load("test", given=given)[slice(len(test))]
             except DataUnavailableError as e:
                 log.warning("the table of typical images goes without %s: %s", name, e)
-    table = measuring.table(bounds, test[slice(TEST_IMAGES)], others)
+    table = measuring.table(bounds, test, others)
     return bounds.model_copy(update={"table": table})
 
 
