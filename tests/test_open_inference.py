@@ -139,7 +139,7 @@ def test_the_timeout_of_tritons_client_is_the_deadline(remote, endless_server, c
 
 
 def test_a_seed_is_refused_here_too_where_the_operator_keeps_it(strict_client):
-    entry = {"name": "images", "shape": [1, 3, 6, 5], "datatype": "FP32", "data": [0.5] * 90}
+    entry = {"name": "images", "shape": [1, 3, 6, 5], "datatype": "FP32", "data": [0.5, 0.9] * 45}
     answer = strict_client.post(f"/v2/models/{ROBUST}/infer", json={"inputs": [entry], "parameters": {"seed": 1}})
     assert answer.status_code == 403
     assert answer.json()["error"].startswith("seed_refused: ")
@@ -158,7 +158,8 @@ def body(**changes: object) -> dict[str, object]:
         ({"inputs": []}, 422, "invalid_tensor"),
         (body(name=1), 422, "invalid_tensor"),
         (body(parameters={"shared_memory_region": "mine"}), 422, "invalid_tensor"),
-        (body(datatype="INT8"), 422, "invalid_tensor"),
+        (body(datatype="INT4"), 422, "invalid_tensor"),
+        (body(datatype="INT8"), 422, "not_numbers"),
         (body(shape=[-1, 1, 8, 8]), 422, "invalid_tensor"),
         (body(shape=[1, 1, 8, 9]), 422, "invalid_tensor"),
         (body(shape=[2**62, 2**62]), 422, "invalid_tensor"),
