@@ -132,6 +132,7 @@ def test_the_controls_are_measured_as_carso_is(bundle, data, tmp_path):
     by_defence = {figure.cell.defence: figure for figure in found}
     assert list(by_defence) == [
         *(f"votes-{votes}" for votes in controls.VOTES),
+        "int8",
         *("one-zero-latent", "noised-votes", "smoothing", "random-classifier"),
     ]
     assert figures.read(tmp_path)[0] == figures.in_order(found)
@@ -545,9 +546,23 @@ def test_a_folder_without_figures_and_a_file_that_is_none_are_named(tmp_path):
         figures.read(tmp_path)
 
 
-def test_the_tables_of_the_robustness_page_are_what_its_figures_say():
-    page = ROOT / "docs" / "robustness.md"
-    assert page.read_text() == report.updated(page)
+@pytest.mark.parametrize("page", ["README.md", "docs/robustness.md"])
+def test_the_tables_of_a_page_are_what_its_figures_say(page):
+    assert (ROOT / page).read_text() == report.updated(ROOT / page)
+
+
+def test_a_headline_has_the_adaptive_figure_first_and_no_other_strengths(tmp_path):
+    page, folder = tmp_path / "README.md", tmp_path / "docs" / "mine"
+    folder.mkdir(parents=True)
+    page.write_text("<!-- headline: docs/mine -->\n<!-- end -->\n")
+    figures.write(folder, figure(eps=0.3, correct=150))
+    for eps in (0.1, 0.3):
+        figures.write(folder, figure(eps=eps, correct=100, defence="classifier", protocol="strong"))
+    report.update(page)
+    heads, _, *rows = [line for line in page.read_text().splitlines() if line.startswith("|")]
+    assert heads.endswith("| clean | eps 0.30 |")
+    assert ["adaptive" in row for row in rows] == [True, False]
+    assert "75.0 [68.6, 80.5]" in rows[0] and "50.0 [43.1, 56.9]" in rows[1]
 
 
 def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:

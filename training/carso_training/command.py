@@ -292,8 +292,9 @@ def report(
             raise RunError(f"{page} is not what its figures say. Write it again with: carso-train report {page}")
     else:
         typer.echo(f"{page}: {'written again' if update(page) else 'as its figures say'}")
-        for path in plots.write(page.with_suffix("")):
-            typer.echo(path)
+        if page.with_suffix("").is_dir():
+            for path in plots.write(page.with_suffix("")):
+                typer.echo(path)
 
 
 @app.command()

@@ -5,6 +5,7 @@
 - smoothing: the same at the cost of CARSO's votes, with the noise that does best on validation images: the empirical
   side of randomised smoothing (Cohen et al., 2019, arXiv:1902.02918), under L-infinity attacks and without certificates
 - fewer and more votes: every image that the adaptive attacks made, judged again by elections of another size
+- int8: the same images, judged again by the votes in int8
 - another bundle's classifier, such as a plain one of the whole system's size
 
 Each is attacked through all of itself (`adaptive.attacks_on_a_vote`), and judged on the bundle's graphs.

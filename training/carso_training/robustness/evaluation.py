@@ -234,11 +234,15 @@ class Evaluation:
         return campaign, campaign.run(trials, title=f"adaptive eps {eps:.2f}", quiet=self.quiet)
 
     def _recounts(self, eps: float, surrogate: Bundle | None, report: Report) -> None:
-        """Judge every image that the adaptive attacks made by one more election, of another size."""
+        """Judge every image that the adaptive attacks made by one more election: of another size, or in int8."""
         campaign, adaptive = self._adaptive(eps, surrogate)
-        for samples in controls.VOTES:
+        int8 = pipeline_of(self.bundle, threads=self.threads, precision="int8")
+        for name, pipeline, samples in (
+            *((f"votes-{samples}", self.pipeline, samples) for samples in controls.VOTES),
+            ("int8", int8, self.counting.samples),
+        ):
             judge = RobustPath(
-                self.pipeline,
+                pipeline,
                 counting=Counting(samples=samples, draws=1),
                 seed=self.plan.seed + RECOUNT,  # latents that no judge has drawn
                 images=len(self.data),
@@ -262,7 +266,7 @@ class Evaluation:
             )
             found = Outcome(survived=survived, clean=adaptive.clean, tried=(tried,), seconds=tried.seconds)
             settings = {**self.settings, "draws": 1, "samples": samples, "risk": self.counting.risk}
-            report(self._figure("controls", f"votes-{samples}", eps, found, settings=settings, clean=clean))
+            report(self._figure("controls", name, eps, found, settings=settings, clean=clean))
 
     def _control(
         self, name: str, eps: float, defence: Voting, judge: Judge, settings: Settings, report: Report, *, votes: int

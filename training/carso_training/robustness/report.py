@@ -5,9 +5,10 @@ A page has its tables between two lines, which this keeps:
     <!-- measured: mnist-fcn -->
     <!-- end -->
 
-The name is that of a folder of figures; these folders lie in one that is named after the page, without its suffix. With
-`compared` in place of `measured`, the systems of several folders stand side by side in one table. The plots
-(`plots.py`) are written beside the folders.
+The name is that of a folder of figures. Such folders lie in one that is named after the page, without its suffix; from
+a page elsewhere, give the path from that page. With `compared` in place of `measured`, the systems of several folders
+stand side by side in one table; with `headline`, there is only the table of CARSO and its classifier, at the strengths
+of the adaptive attacks. The plots (`plots.py`) are written beside the folders.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from carso_training.robustness.figures import Figure, Measured, Sanity
 from carso_training.robustness.table import wilson
 
 PLACE = re.compile(
-    r"(?P<head><!-- (?P<what>measured|compared): (?P<names>[\w./ -]+?) -->\n).*?(?P<end><!-- end -->)", re.DOTALL
+    r"(?P<head><!-- (?P<what>measured|compared|headline): (?P<names>[\w./ -]+?) -->\n).*?(?P<end><!-- end -->)",
+    re.DOTALL,
 )
 TITLES = {
     ("strong", "classifier"): "the classifier alone, strong attacks",
@@ -40,8 +42,10 @@ def updated(path: Path) -> str:
     root = path.with_suffix("")
 
     def part(what: str, names: str) -> str:
-        folders = [root / name for name in names.split()]
-        return side_by_side(folders) if what == "compared" else "\n\n".join(map(as_markdown, folders))
+        folders = [root / name if root.is_dir() else path.parent / name for name in names.split()]
+        if what == "compared":
+            return side_by_side(folders)
+        return "\n\n".join(map(headline if what == "headline" else as_markdown, folders))
 
     return PLACE.sub(lambda m: f"{m['head']}\n{part(m['what'], m['names'])}\n\n{m['end']}", path.read_text())
 
@@ -71,6 +75,17 @@ def as_markdown(folder: Path) -> str:
         parts.append(checks(sanity))
     parts += dict.fromkeys(origin(each) for each in _origins(found, sanity))
     return "\n\n".join(parts)
+
+
+def headline(folder: Path) -> str:
+    """Return the table that leads a page: CARSO under adaptive attack, and its classifier alone at the same strengths.
+
+    Raises RunError if the folder holds no figures.
+    """
+    found, _ = _read(folder)
+    strengths = {figure.cell.threat.eps for figure in found if figure.protocol == "adaptive"}
+    shown = [f for f in found if f.protocol in ("adaptive", "strong") and f.cell.threat.eps in strengths]
+    return accuracies(sorted(shown, key=lambda figure: figure.protocol))  # adaptive first
 
 
 def side_by_side(folders: Sequence[Path]) -> str:

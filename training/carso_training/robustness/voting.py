@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from carso.bundle import Bundle
-from carso.choices import MAX_SEED
+from carso.choices import MAX_SEED, Precision
 from carso.inference.jobs import Job, Result, Ticket, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
@@ -12,13 +12,14 @@ from carso.inference.sessions import Sessions
 ROUND_ROWS = 512  # benchmarks/threads.py: larger rounds cost more per vote on a CPU
 
 
-def pipeline_of(bundle: Bundle, *, threads: int | None = None) -> Pipeline:
+def pipeline_of(bundle: Bundle, *, threads: int | None = None, precision: Precision = "float32") -> Pipeline:
     """Build a bundle's pipeline, on CUDA if it is there. Raises DeviceError if its graphs do not run.
 
-    `threads` is how many threads votes use on the CPU; None: one for each processor that this process may use.
+    In int8 it is always on the CPU: that form of the votes is for CPUs. `threads` is how many threads votes use there;
+    None: one for each processor that this process may use.
     """
     return Pipeline(
-        Sessions(bundle, device="auto", threads=threads),
+        Sessions(bundle, device="cpu" if precision == "int8" else "auto", precision=precision, threads=threads),
         latent=bundle.manifest.latent,
         classes=len(bundle.manifest.classes),
         round_rows=ROUND_ROWS,
