@@ -1,4 +1,4 @@
-"""APGD and Square against the code of their authors (pyautoattack), on the classifier of the bundle that ships."""
+"""APGD and Square against the code of their authors (pyautoattack), on the published classifier."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pyautoattack.autopgd_base import APGDAttack, APGDAttack_targeted
 from pyautoattack.square import SquareAttack
 from torch import Tensor
 
-SHIPPED = Path(__file__).parents[1] / "models" / "mnist-fcn"
+PUBLISHED = Path(__file__).parents[1] / "models" / "mnist-fcn-published"
 ROUNDING = 1e-6  # of float32 in x + eps - x
 
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture(scope="module")
 def classifier() -> torch.nn.Module:
-    return weights.classifier_of(Bundle.load(SHIPPED)).requires_grad_(False)
+    return weights.classifier_of(Bundle.load(PUBLISHED)).requires_grad_(False)
 
 
 @pytest.fixture(scope="module")

@@ -176,7 +176,7 @@ def some(opened) -> Examples:
 
 def attack(network: Hardened, data: Examples, *, steps: int, seed: int = 0, dtype: torch.dtype = torch.float32):
     generator = torch.Generator().manual_seed(seed)
-    eps = hardened._strengths(((0.1, 0.5), (0.3, 0.5)), len(data), generator)
+    eps = hardened.strengths(((0.1, 0.5), (0.3, 0.5)), len(data), generator)
     scores = hardened._one_vote(network.system().to(dtype), len(data), generator)
     made = attacked_images(scores, data.pixels(), data.labels, eps=eps, steps=steps, generator=generator)
     return scores, eps, made
@@ -185,7 +185,7 @@ def attack(network: Hardened, data: Examples, *, steps: int, seed: int = 0, dtyp
 def fresh(seed: int = 0) -> Hardened:
     torch.manual_seed(seed)
     classifier = build_classifier(RECIPE.classifier)
-    return hardened._prepared(classifier, build_purifier(RECIPE.purifier))
+    return hardened._prepared(classifier, build_purifier(RECIPE.purifier), first_pass=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -494,7 +494,7 @@ def test_an_unknown_recipe_is_refused_with_what_there_is(name: str) -> None:
 
 RECIPE_MISTAKES = {
     "an unknown data set": ({"dataset": "cifar"}, "there is no 'cifar'. There are: fashion-mnist, mnist"),
-    "an unknown network": ({"classifier": {"network": "cnn"}}, "there is no network 'cnn'. There are: fcn"),
+    "an unknown network": ({"classifier": {"network": "cnn"}}, "there is no network 'cnn'. There are: conv, fcn"),
     "a misspelt field of a network": ({"classifier": {"hiden": [3]}}, "hiden: Extra inputs are not permitted"),
     "a misspelt field": ({"smaples": 3}, "smaples: Extra inputs are not permitted"),
     "another number of classes": ({"classifier": {"classes": 9}}, "classifier.classes is 9; it must be 10 for MNIST"),

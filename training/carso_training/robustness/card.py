@@ -57,8 +57,8 @@ HARDENED = """
 
 After the published training, the system was *hardened*: its networks were trained on together, end to end, on clean \
 images, on images attacked through both passes at eps {eps}, and on images attacked on the first pass alone at eps \
-{first_pass_eps}. The second pass became a classifier of its own, which votes. In the table, *IAT* is the hardened \
-first pass. To measure adaptive accuracy, run `carso-train evaluate` on the bundle with `--protocol adaptive`."""
+{first_pass_eps}. The second pass became a classifier of its own, which votes. In the tables, *IAT* is the hardened \
+first pass."""
 
 EXPLANATIONS: dict[Kind, str] = {
     "white-box": "Columns *none* (the undefended classifier) and *IAT* (the adversarially trained classifier) show "
@@ -69,6 +69,10 @@ EXPLANATIONS: dict[Kind, str] = {
     "and differentiates through the whole of the defence, its randomness included. It is the figure to go by.",
     "black-box": "**Black-box accuracy** is that against an attacker who sees only answers.",
 }
+EFFORT = (
+    "The first table was measured with effort *{effort}* on {images} test images. `carso-train evaluate` makes it "
+    "again, and tries harder with `--effort thorough`."
+)
 FAILED_ATTACK = (
     "Accuracy above chance at eps 0.50 means that the attack failed, not that the defence held: 40 steps of 0.01 "
     "cannot even cross that ball."
@@ -82,6 +86,8 @@ def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float, typical: T
     """
     kinds = {cell.kind for cell in cells}
     sentences = [text for kind, text in EXPLANATIONS.items() if kind in kinds]
+    efforts = {(str(c.threat.settings.get("effort")), c.images) for c in cells if c.kind == "adaptive"}
+    sentences += [EFFORT.format(effort=effort, images=images) for effort, images in sorted(efforts) if effort != "None"]
     if any(cell.threat.name == "pgd-0.50" for cell in cells):
         sentences.append(FAILED_ATTACK)
     norms = dict.fromkeys(NORMS[cell.threat.norm] for cell in cells if cell.kind != "clean")
