@@ -51,7 +51,7 @@ docs: .venv/dev  ## write docs/settings.md out of the settings
 locks:  ## write constraints.txt and the images' lock files (needs uv)
 	docker/lock
 
-train: .venv/dev  ## train the reference system into runs/mnist-fcn (an hour on two cores)
+train: .venv/dev  ## train the reference system into runs/mnist-fcn (more than an hour on two cores)
 	$(BIN)/carso-train run mnist-fcn
 
 check: .venv/dev  ## run all that CI runs

@@ -154,7 +154,7 @@ def test_the_second_pass_of_the_bundle_is_a_classifier_of_its_own_and_the_servic
 def test_the_bundle_says_how_it_was_trained_and_its_table_is_of_the_hardened_networks(opened, bundle):
     assert Recipe.model_validate(bundle.manifest.recipe) == RECIPE
     card = (opened.folder.bundle / "MODEL_CARD.md").read_text()
-    assert "*hardened*" in card and "eps 0.15 or 0.34" in card and "carso-train evaluate" in card
+    assert "*hardened*" in card and "eps 0.15 or 0.34" in card and "*IAT* is the hardened first pass" in card
     clean = next(c for c in bundle.manifest.table if c.defence == "classifier" and c.threat.name == "clean")
     classifier = opened._trained().classifier
     right = classifier(opened.test.pixels()).argmax(dim=1) == opened.test.labels

@@ -50,12 +50,25 @@ def test_the_shipped_bundle_is_intact_complete_and_small() -> None:
 
 
 def test_the_shipped_table_is_of_the_whole_test_set_and_above_the_published_numbers() -> None:
-    cells = {(cell.defence, cell.threat.name): cell for cell in Bundle.load(FOLDER).manifest.table}
+    table = Bundle.load(FOLDER).manifest.table
+    cells = {(c.defence, c.threat.name): c for c in table if c.threat.name in PUBLISHED_ACCURACIES}
     assert len(cells) == 30
     assert {cell.images for cell in cells.values()} == {10_000}
     short = [place for place in HELD if cells[place].accuracy <= cells[place].published]
     assert not short
     assert cells["classifier", "clean"].accuracy >= 97.0
+
+
+def test_the_shipped_table_leads_with_an_attacker_who_knows_all_of_it_and_the_purifier_adds() -> None:
+    table = Bundle.load(FOLDER).manifest.table
+    assert [(cell.defence, cell.threat.name) for cell in table[:2]] == [
+        ("carso", "adaptive-0.15"),
+        ("carso", "adaptive-0.30"),
+    ]
+    alone = {cell.threat.eps: cell for cell in table if cell.threat.attack == "strong"}
+    for cell in table[:2]:
+        assert cell.images == 1000
+        assert cell.accuracy > alone[cell.threat.eps].accuracy
 
 
 def test_the_shipped_recipe_is_the_preset_and_the_shipped_card_is_written_from_the_table() -> None:
@@ -64,7 +77,7 @@ def test_the_shipped_recipe_is_the_preset_and_the_shipped_card_is_written_from_t
     assert recipe == PRESETS["mnist-fcn"]
     card = model_card(recipe, manifest.table, risk=RISK, typical=manifest.typical)
     assert (FOLDER / "MODEL_CARD.md").read_text() == card
-    assert {cell.threat.name for cell in manifest.table} == set(PUBLISHED_ACCURACIES)
+    assert {cell.threat.name for cell in manifest.table} > set(PUBLISHED_ACCURACIES)
 
 
 @pytest.mark.parametrize("path", sorted(SAMPLES.glob("*-clean.png")), ids=lambda path: path.stem)
