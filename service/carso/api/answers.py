@@ -254,6 +254,8 @@ def robust_predictions(
 
 
 TYPICAL_FIELDS = frozenset(("typical", "excess", "contrast"))  # absent where nobody asked the purifier
+
+
 def digests(images: np.ndarray) -> list[str]:
     """Return the SHA-256 of each of some images [n, *shape] float32."""
     return [hashlib.sha256(image.astype("<f4", copy=False).tobytes()).hexdigest() for image in images]
