@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from carso_training.attacks.attack import Method, Scores
+from carso_training.attacks.linf import ball
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 """Scores [B, classes] and labels [B] -> what the attack raises, for each image [B]."""
@@ -78,7 +79,7 @@ def ascend(
     None: at random in the ball. See `attack.Making` for the other arguments.
     """
     each = (-1, *[1] * (images.dim() - 1))  # the shape of one number per image
-    low, high = (images - eps).clamp_(min=0.0), (images + eps).clamp_(max=1.0)
+    low, high = ball(images, eps)
     if start is None:
         noise = 2 * torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype) - 1
         start = images + eps * noise / noise.abs().flatten(1).amax(dim=1).view(each)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from carso_training.attacks.attack import Method, Scores
-from carso_training.attacks.linf import loss_gradient
+from carso_training.attacks.linf import climb, random_start
 
 STEPS = 40  # the published attack: 40 steps of 0.01
 STEP_SIZE = 0.01
@@ -26,12 +27,14 @@ def pgd(
 
     `step_size`, in units of pixels, may be a tensor that broadcasts against `images`, as `eps` may.
     """
-    noise = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)
-    low, high = (images - eps).clamp_(min=0.0), (images + eps).clamp_(max=1.0)
-    attacked = torch.clamp(images + eps * (2 * noise - 1), low, high)
-    for _ in range(steps):
-        attacked = torch.clamp(attacked + step_size * loss_gradient(scores, attacked, labels).sign(), low, high)
-    return attacked
+    return climb(
+        lambda x: F.cross_entropy(scores(x), labels, reduction="sum"),
+        random_start(images, eps, generator=generator),
+        images,
+        eps=eps,
+        steps=steps,
+        step_size=step_size,
+    )
 
 
 PGD = Method(

@@ -11,6 +11,8 @@ from collections.abc import Callable, Generator
 import torch
 from torch import Tensor
 
+from carso_training.attacks.linf import project
+
 Decisions = Callable[[Tensor], Tensor]
 """Images [B, *shape] in [0, 1] -> labels [B]: one query for each image. They may change from call to call. Below
 zero: the image was refused, which fools nobody."""
@@ -45,7 +47,7 @@ def rays(decisions: Decisions, images: Tensor, labels: Tensor, *, eps: float, qu
             searches[place].throw(_OutOfQueriesError)
         except StopIteration as found:
             best[place] = found.value
-    return torch.clamp(images + eps * best, (images - eps).clamp_(min=0.0), (images + eps).clamp_(max=1.0))
+    return project(images + eps * best, images, eps)
 
 
 class _OutOfQueriesError(Exception):

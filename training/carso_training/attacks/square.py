@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from carso_training.attacks.attack import Method, Scores
+from carso_training.attacks.linf import ball
 
 QUERIES = 5000
 FIRST_SHARE = 0.8  # of the pixels that the first squares cover
@@ -47,7 +48,7 @@ def square(
     def signs(*shape: int) -> Tensor:
         return 2.0 * (uniform(*shape) < 0.5) - 1
 
-    low, high = (images - eps).clamp_(min=0.0), (images + eps).clamp_(max=1.0)
+    low, high = ball(images, eps)
     best = torch.clamp(images + eps * signs(count, channels, 1, width), low, high)  # stripes
     lowest = margin(scores(best), labels)
     eps = torch.as_tensor(eps, dtype=images.dtype, device=device)
@@ -79,7 +80,7 @@ def random_search(
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Return the best of random corners of the ball: a check that needs no cleverness. See `attack.Making`."""
-    low, high = (images - eps).clamp_(min=0.0), (images + eps).clamp_(max=1.0)
+    low, high = ball(images, eps)
     best, lowest = images.clone(), margin(scores(images), labels)
     for _ in range(queries):
         coin = torch.rand(images.shape, generator=generator, device=images.device, dtype=images.dtype)

@@ -21,6 +21,7 @@ from lightning_fabric import Fabric
 from torch import Tensor, nn
 
 from carso_training.attacks.attack import Scores
+from carso_training.attacks.linf import climb, random_start
 from carso_training.datasets.examples import Examples
 from carso_training.fitting.loop import fit
 from carso_training.fitting.purifier import multiplies_bf16
@@ -150,26 +151,22 @@ def attacked_images(
     About half of them are driven away from their class, by its cross-entropy. The others are driven towards one of the
     most likely other classes, by the difference of its score and their own.
     """
-    low, high = (images - eps).clamp_(min=0.0), (images + eps).clamp_(max=1.0)
-    noise = torch.rand(images.shape, generator=generator, device=images.device)
-    x = torch.clamp(images + eps * (2 * noise - 1), low, high)
+    start = random_start(images, eps, generator=generator)
     row = torch.arange(len(images), device=images.device)
     with torch.no_grad():
-        others = scores(x).float()
+        others = scores(start).float()
         others[row, labels] = -torch.inf
         likely = others.topk(min(LIKELY, others.shape[1] - 1)).indices
     rank = torch.randint(likely.shape[1], labels.shape, generator=generator, device=images.device)
     goal = likely[row, rank]
     targeted = torch.rand(labels.shape, generator=generator, device=images.device) < 0.5
-    for _ in range(steps):
-        x.requires_grad_(True)
-        with torch.enable_grad():
-            raw = scores(x).float()
-            away = F.cross_entropy(raw, labels, reduction="none")
-            loss = torch.where(targeted, raw[row, goal] - raw[row, labels], away)
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
-        x = torch.clamp(x.detach() + STRETCH * eps / steps * gradient.sign(), low, high)
-    return x
+
+    def loss(x: Tensor) -> Tensor:
+        raw = scores(x).float()
+        away = F.cross_entropy(raw, labels, reduction="none")
+        return torch.where(targeted, raw[row, goal] - raw[row, labels], away)
+
+    return climb(loss, start, images, eps=eps, steps=steps, step_size=STRETCH * eps / steps)
 
 
 def _prepared(classifier: Classifier, purifier: Purifier, *, first_pass: bool) -> Hardened:
