@@ -24,7 +24,7 @@ ROOMS = (
     ("command",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}
-FLOORS = 8
+FLOORS = 7
 
 
 def modules() -> dict[str, Path]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from carso.bundle import Bundle, Judged, Typical
 from carso.inference.jobs import Typicality
-from carso.inference.typical import is_typical, typicalities
+from carso.inference.typical import typicalities
 from carso_training.datasets.examples import Examples
 from carso_training.robustness.system import system_of
 from carso_training.robustness.typical import CHANGED, NOTHING, Typicalities, as_markdown, evading
@@ -47,7 +47,7 @@ def test_the_excess_is_what_no_allowed_change_explains_and_the_contrast_the_rang
     [(0.02, 0.5, True), (0.020001, 0.5, False), (0.02, 0.499999, False), (0.0, 1.0, True)],
 )
 def test_an_image_at_the_thresholds_is_typical_and_one_beyond_either_is_not(excess, contrast, typical):
-    assert is_typical(Typicality(excess, contrast), BOUNDS) == typical
+    assert BOUNDS.admits(excess=excess, contrast=contrast) == typical
 
 
 def test_more_images_cannot_be_flagged_and_missed_than_there_are():

@@ -120,7 +120,9 @@ def build(settings: Settings) -> Service:
         root_path=settings.root_path,
     )
     options = robust_options(samples=manifest.samples, max_samples=settings.max_samples, risk=settings.risk)
-    intake = Intake(Reader(manifest.input, max_images=settings.max_images, max_pixels=settings.max_pixels), pool)
+    reader = Reader(manifest.input, max_images=settings.max_images, max_pixels=settings.max_pixels)
+    _, height, width = manifest.input.shape
+    intake = Intake(reader.read, pool, pixels=height * width)
     classification = Classification(
         engine,
         metrics=metrics,

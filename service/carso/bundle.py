@@ -168,6 +168,10 @@ class Typical(_Strict):
     contrast: float = Field(ge=0, allow_inf_nan=False)  # the smallest of a typical image
     table: tuple[Judged, ...] = ()  # what these thresholds flag, measured on images that took no part in setting them
 
+    def admits(self, *, excess: float, contrast: float) -> bool:
+        """Return whether an image of these figures is typical."""
+        return excess <= self.excess and contrast >= self.contrast
+
 
 class Manifest(_Strict):
     """What a bundle is."""

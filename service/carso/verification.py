@@ -166,6 +166,7 @@ def _read(claimed: RobustResult, bundle: Bundle, body: Body) -> np.ndarray:
 def _by_service(claimed: RobustResult, files: list[Path], url: str) -> Iterator[dict[str, Any]]:
     """Have a service that allows seeds count, file by file. Yields COMPARED of each image."""
     from carso import Client
+    from carso.options import ImageOptions
 
     if len(files) != len(claimed.predictions):
         raise Unverifiable(
@@ -175,7 +176,7 @@ def _by_service(claimed: RobustResult, files: list[Path], url: str) -> Iterator[
     if any(prediction.rule == "deadline" for prediction in claimed.predictions):
         raise Unverifiable("a deadline ended this count, which no service can repeat: count with the bundle")
     told = dict(claimed.options or {})
-    options = {name: told[name] for name in ("resize", "fit", "invert", "background") if told.get(name) is not None}
+    options = {name: told[name] for name in ImageOptions.model_fields if told.get(name) is not None}
     with Client(url) as client:
         for index, (file, prediction) in enumerate(zip(files, claimed.predictions, strict=True)):
             samples, risk, seed = _plan(prediction)

@@ -16,7 +16,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from carso.bundle import Bundle, Cell, InputSpec, Typical
 from carso.choices import Checked, Device, Evidence, Precision, Untypical
 from carso.inference.jobs import Ending, Result, Times, VotePlan
-from carso.inference.typical import is_typical
 
 
 class _Answer(BaseModel):
@@ -274,7 +273,11 @@ def _typical(result: Result, bounds: Typical | None) -> list[dict[str, Any]]:
     if bounds is None or result.typicalities is None:
         return [{}] * len(result.probabilities)
     return [
-        {"typical": is_typical(found, bounds), "excess": found.excess, "contrast": found.contrast}
+        {
+            "typical": bounds.admits(excess=found.excess, contrast=found.contrast),
+            "excess": found.excess,
+            "contrast": found.contrast,
+        }
         for found in result.typicalities
     ]
 

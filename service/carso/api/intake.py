@@ -13,7 +13,6 @@ from starlette.types import Receive
 
 from carso.http.disconnect import WhileConnected
 from carso.images.numbers import Source
-from carso.images.reader import Reader
 from carso.options import ImageOptions
 
 # What is done on the event loop: a body of at most so many bytes, with at most so many images, of at most so many
@@ -24,6 +23,8 @@ INLINE_IMAGES = 8
 INLINE_PIXELS = 64 * 64
 
 T = TypeVar("T")
+Read = Callable[[Sequence[Source], ImageOptions], np.ndarray]
+"""Sources and options -> images [n, *shape] float32: ``carso.images.reader.Reader.read``."""
 
 
 class Intake:
@@ -33,11 +34,10 @@ class Intake:
     raised.
     """
 
-    def __init__(self, reader: Reader, pool: Executor) -> None:
-        """`pool` does what is too large for the event loop."""
-        _, height, width = reader.spec.shape
-        self._inline_bytes = INLINE_BYTES if height * width <= INLINE_PIXELS else 0
-        self._reader = reader
+    def __init__(self, read: Read, pool: Executor, *, pixels: int) -> None:
+        """`pool` does what is too large for the event loop. `pixels`: of one image, which all channels share."""
+        self._inline_bytes = INLINE_BYTES if pixels <= INLINE_PIXELS else 0
+        self._reading = read
         self._pool = pool
 
     async def parse(self, parse: Callable[[], T], *, size: int, receive: Receive) -> T:
@@ -47,10 +47,10 @@ class Intake:
     async def read(
         self, sources: Sequence[Source], options: ImageOptions, *, size: int, receive: Receive
     ) -> np.ndarray:
-        """Return the images [n, *shape] float32 of a body of `size` bytes. Raises the errors of `Reader.read`."""
+        """Return the images [n, *shape] float32 of a body of `size` bytes. Raises the errors of `Read`."""
         # to be resized, a small file may hold a large image
         inline = size <= self._inline_bytes and not options.resize and len(sources) <= INLINE_IMAGES
-        return await self._run(partial(self._reader.read, sources, options), inline=inline, receive=receive)
+        return await self._run(partial(self._reading, sources, options), inline=inline, receive=receive)
 
     async def _run(self, function: Callable[[], T], *, inline: bool, receive: Receive) -> T:
         if inline:

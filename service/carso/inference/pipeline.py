@@ -17,125 +17,24 @@ import secrets
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import TypedDict, get_args
+from typing import get_args
 
 import numpy as np
 
 from carso.choices import MAX_SEED, PathName
-from carso.inference.jobs import Ending, Job, Outcome, Result, Spared, Step, Ticket, Times, Typicality, VotePlan
-from carso.inference.latents import Latents, Stream, stream
+from carso.inference.elections import Election, Progress
+from carso.inference.jobs import Job, Outcome, Result, Spared, Step, Ticket, Times, Typicality, VotePlan
+from carso.inference.latents import Latents, stream
 from carso.inference.sessions import Sessions
 from carso.inference.typical import typicalities
-from carso.inference.vote import SMALLEST_BALLOT, Rule, StoppingRule
+from carso.inference.vote import SMALLEST_BALLOT, StoppingRule
 
 # A deadline is near if it comes before this many times what a ballot of each open election takes at the measured pace.
 NEAR = 2.0
 FADE = 0.9  # of what is remembered of the pace, per round
 
 
-@dataclass(eq=False, slots=True)
-class _Progress:
-    """A job of the robust path after its first pass."""
-
-    ticket: Ticket
-    probabilities: np.ndarray  # [n, classes]
-    started: float
-    first_pass_done: float
-    open: int  # elections still to end
-    outcomes: dict[int, Outcome] = field(default_factory=dict)  # by image
-    typicalities: dict[int, Typicality] = field(default_factory=dict)  # by image
-
-    @property
-    def deadline(self) -> float:
-        """When its open elections end; infinity: never."""
-        deadline = self.ticket.job.deadline
-        return math.inf if deadline is None else deadline
-
-    def result(self, *, finished: float) -> Result | None:
-        """The result; None if an election of the job was cancelled."""
-        if len(self.outcomes) < len(self.probabilities):
-            return None
-        images = range(len(self.outcomes))
-        return Result(
-            self.probabilities,
-            tuple(self.outcomes[image] for image in images),
-            Times(self.ticket.submitted, self.started, self.first_pass_done, finished),
-            tuple(self.typicalities[image] for image in images) if len(self.typicalities) == len(images) else None,
-        )
-
-
-class _Count(TypedDict):
-    """What the rules are told; see StoppingRule."""
-
-    leader: int
-    runner_up: int
-    cast: int
-    expected: bool
-
-
-@dataclass(eq=False, slots=True)
-class _Election:
-    """The count of one image."""
-
-    progress: _Progress
-    image: int  # its index in the job
-    rule: StoppingRule
-    seed: int
-    code: np.ndarray  # [code]
-    expected: int  # the class that the first pass gives
-    tally: list[int]  # [classes]
-    latents: Stream  # those still to come
-    leader: int = 0  # the two largest entries of the tally
-    runner_up: int = 0
-    cast: int = 0
-    ballot: int = field(init=False)  # votes of the current ballot that are not cast yet
-
-    def __post_init__(self) -> None:
-        self.ballot = self._next_ballot()
-
-    @property
-    def left(self) -> int:
-        """Votes that were asked for and not cast."""
-        return self.rule.samples - self.cast
-
-    def count(self, votes: list[int], *, cast: int) -> Rule | None:
-        """Add the votes of a ballot, or of a part of it, by class; return the rule that ends the count, if one does."""
-        self.tally = [before + more for before, more in zip(self.tally, votes, strict=True)]
-        self.cast += cast
-        self.ballot -= cast
-        *_, self.runner_up, self.leader = sorted(self.tally)
-        if self.ballot:
-            return None
-        ended_by = self.rule.ended_by(**self._count())
-        if not ended_by:
-            self.ballot = self._next_ballot()
-        return ended_by
-
-    def end(self, ending: Ending) -> None:
-        """Note the outcome."""
-        self.progress.outcomes[self.image] = Outcome(
-            label=self.tally.index(self.leader),
-            votes=self.cast,
-            tally=self.tally,
-            ending=ending,
-            risk_reached=self.rule.risk_reached(**self._count()),
-            seed=self.seed,
-        )
-
-    def _next_ballot(self) -> int:
-        return self.rule.next_ballot(**self._count())
-
-    def _count(self) -> _Count:
-        return {
-            "leader": self.leader,
-            "runner_up": self.runner_up,
-            "cast": self.cast,
-            "expected": self.tally[self.expected] == self.leader,
-        }
-
-
-_Left = tuple[_Election, Spared]  # an election that is over, and why the rest of its votes was spared
+_Left = tuple[Election, Spared]  # an election that is over, and why the rest of its votes was spared
 
 
 class Pipeline:
@@ -167,8 +66,8 @@ class Pipeline:
         self._clock = clock
         self._latents = Latents()
         self._waiting: dict[PathName, deque[Ticket]] = {"fast": deque(), "robust": deque()}  # for their first pass
-        self._open: deque[_Election] = deque()
-        self._voting: set[_Progress] = set()  # jobs with open elections
+        self._open: deque[Election] = deque()
+        self._voting: set[Progress] = set()  # jobs with open elections
         self._called = 0  # votes of the current ballots of all open elections that are not cast yet
         self._recent_rows = 0.0  # both fade
         self._recent_seconds = 0.0
@@ -290,17 +189,17 @@ class Pipeline:
                 times = Times(ticket.submitted, started, done, done)
                 finished.append((ticket, Result(probabilities[own], (), times, figures and figures[own])))
             else:
-                progress = _Progress(ticket, probabilities[own], started, done, open=len(ticket.job.images))
+                progress = Progress(ticket, probabilities[own], started, done, open=len(ticket.job.images))
                 self._open_elections(progress, ticket.job.plan, codes[own], labels[own])
         return finished
 
-    def _open_elections(self, progress: _Progress, plan: VotePlan, codes: np.ndarray, expected: list[int]) -> None:
+    def _open_elections(self, progress: Progress, plan: VotePlan, codes: np.ndarray, expected: list[int]) -> None:
         rule = StoppingRule(plan.samples, self.classes, plan.risk)
         self._voting.add(progress)
         for image, (code, label) in enumerate(zip(codes, expected, strict=True)):
             seed = secrets.randbelow(MAX_SEED + 1) if plan.seed is None else plan.seed
             tally = [0] * self.classes
-            election = _Election(progress, image, rule, seed, code, label, tally, stream(seed))
+            election = Election(progress, image, rule, seed, code, label, tally, stream(seed))
             self._called += election.ballot
             self._open.append(election)
 
@@ -319,7 +218,7 @@ class Pipeline:
             found += typicalities(images[start : start + self.round_rows], purified, eps=eps)
         return tuple(found)
 
-    def _call_round(self, now: float) -> tuple[list[_Election], list[int]]:
+    def _call_round(self, now: float) -> tuple[list[Election], list[int]]:
         """Take the elections of the next round off the queue; return them with the votes that each casts.
 
         Each casts its ballot. If a deadline is near, each casts a part of it that leaves room for the others, and those
@@ -330,7 +229,7 @@ class Pipeline:
         if near:
             self._open = deque(sorted(self._open, key=lambda e: math.inf if e.cast else e.progress.deadline))
             share = max(SMALLEST_BALLOT, self.round_rows // len(self._open))
-        elections: list[_Election] = []
+        elections: list[Election] = []
         sizes: list[int] = []
         room = self.round_rows
         while self._open:
@@ -354,7 +253,7 @@ class Pipeline:
             return True
         return nearest - now < NEAR * self._called * self._recent_seconds / self._recent_rows
 
-    def _vote(self, elections: Sequence[_Election], sizes: Sequence[int]) -> list[_Left]:
+    def _vote(self, elections: Sequence[Election], sizes: Sequence[int]) -> list[_Left]:
         """Cast and count `sizes` votes of each election; return those that this ended."""
         code_index = np.repeat(np.arange(len(elections)), sizes)
         votes = self._cast(elections, sizes, code_index)
@@ -371,7 +270,7 @@ class Pipeline:
                 self._open.append(election)
         return ended
 
-    def _cast(self, elections: Sequence[_Election], sizes: Sequence[int], code_index: np.ndarray) -> np.ndarray:
+    def _cast(self, elections: Sequence[Election], sizes: Sequence[int], code_index: np.ndarray) -> np.ndarray:
         """Cast `sizes` votes of each election, and note the figures of images that have no vote yet, if they are asked
         for. Return the class of each vote, in the order of `code_index`.
         """
@@ -396,15 +295,15 @@ class Pipeline:
 
     def _dismiss(self, now: float) -> list[_Left]:
         """Take the elections of cancelled jobs, and of those past their deadline, out of the whole queue."""
-        reasons: dict[_Progress, Spared] = {}
+        reasons: dict[Progress, Spared] = {}
         for progress in self._voting:
             if progress.ticket.cancelled:
                 reasons[progress] = "cancelled"
-            elif (deadline := progress.ticket.job.deadline) is not None and now >= deadline:
+            elif now >= progress.deadline:
                 reasons[progress] = "deadline"
         if not reasons:
             return []
-        staying: deque[_Election] = deque()
+        staying: deque[Election] = deque()
         left: list[_Left] = []
         for election in self._open:
             reason = reasons.get(election.progress)
@@ -418,9 +317,9 @@ class Pipeline:
         self._open = staying
         return left
 
-    def _close(self, left: Iterable[_Left]) -> list[_Progress]:
+    def _close(self, left: Iterable[_Left]) -> list[Progress]:
         """Note that elections have left; return the jobs whose last one did, in order."""
-        closed: list[_Progress] = []
+        closed: list[Progress] = []
         for election, _ in left:
             progress = election.progress
             progress.open -= 1

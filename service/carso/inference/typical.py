@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import numpy as np
 
-from carso.bundle import Typical
 from carso.inference.jobs import Typicality
 
 DECIMALS = 6  # of the figures: beyond them, devices differ
@@ -30,8 +29,3 @@ def typicalities(images: np.ndarray, purified: np.ndarray, *, eps: float) -> lis
         Typicality(round(over, DECIMALS), round(span, DECIMALS))
         for over, span in zip(excess.tolist(), contrast.tolist(), strict=True)
     ]
-
-
-def is_typical(found: Typicality, bounds: Typical) -> bool:
-    """Return whether the figures are within a bundle's bounds."""
-    return found.excess <= bounds.excess and found.contrast >= bounds.contrast

@@ -19,28 +19,22 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from carso.bundle import MANIFEST, Bundle, Judged, Typical
-from carso.inference.jobs import Job, VotePlan
-from carso.inference.pipeline import Pipeline
-from carso.inference.sessions import Sessions
-from carso.inference.typical import is_typical
-from pydantic import ValidationError
+from carso.bundle import Bundle, Judged, Typical
 from torch import Tensor
 
 from carso_training.attacks import Attack
+from carso_training.attacks.linf import climb, random_start
 from carso_training.attacks.pgd import PGD
 from carso_training.datasets import DATASETS
 from carso_training.datasets.examples import Examples
-from carso_training.errors import DataUnavailableError, RecipeError
-from carso_training.fitting.hardened import attacked_images
+from carso_training.errors import DataUnavailableError
+from carso_training.fitting.hardened import STRETCH, attacked_images
 from carso_training.networks.system import System
-from carso_training.recipe import Recipe
-from carso_training.robustness.system import system_of
-from carso_training.robustness.voting import ROUND_ROWS, vote_seeds
+from carso_training.robustness.system import recipe_of, system_of
+from carso_training.robustness.voting import pipeline_of, robust_results, vote_seeds
 
 LEFT_OUT = 0.0025  # of the images that each threshold is set on
 STEPS = 40  # of attacks that see all of the system
-STRETCH = 2.5  # the steps of an attack add up to this many times eps
 PRICES = (1.0, 10.0, 100.0)  # of an excess as large as the threshold, in units of the margin of the raw scores
 MARGIN = 0.9  # the share of the threshold from which on an evading attack pays
 BATCH = 500  # images attacked at once
@@ -108,17 +102,10 @@ class Typicalities:
         """`eps`: how far an attacker may move a value. `seed` decides attacks, noise and latents. `device`: where
         attacks are made. Raises DeviceError if the bundle's graphs do not run.
         """
-        manifest = bundle.manifest
         self.eps, self._seed, self._device = eps, seed, device
-        self._samples = manifest.samples
+        self._samples = bundle.manifest.samples
         self._system: System = system_of(bundle).to(device)
-        self._pipeline = Pipeline(
-            Sessions(bundle, device="auto"),
-            latent=manifest.latent,
-            classes=len(manifest.classes),
-            round_rows=ROUND_ROWS,
-            eps=eps,
-        )
+        self._pipeline = pipeline_of(bundle, eps=eps)
         self._anything = Typical(eps=eps, excess=1e9, contrast=0)
 
     def thresholds(self, validation: Examples) -> Typical:
@@ -221,15 +208,11 @@ class Typicalities:
     def _judge(self, images: Tensor, bounds: Typical) -> _Verdict:
         pixels = images.cpu().numpy()
         seeds = vote_seeds(len(pixels), seed=self._seed, part=0)
-        jobs = [
-            Job(image[None], VotePlan(samples=self._samples, risk=RISK, seed=seed))
-            for image, seed in zip(pixels, seeds.tolist(), strict=True)
-        ]
-        results = self._pipeline.run(jobs)
+        results = robust_results(self._pipeline, pixels, samples=self._samples, risk=RISK, seeds=seeds)
         figures = [result.typicalities[0] for result in results if result.typicalities]
         return _Verdict(
             labels=np.array([result.outcomes[0].label for result in results], np.int64),
-            typical=np.array([is_typical(each, bounds) for each in figures], bool),
+            typical=np.array([bounds.admits(excess=each.excess, contrast=each.contrast) for each in figures], bool),
             excess=np.array([each.excess for each in figures]),
             contrast=np.array([each.contrast for each in figures]),
         )
@@ -263,16 +246,6 @@ def typical_of(
     return bounds.model_copy(update={"table": table})
 
 
-def recipe_of(bundle: Bundle) -> Recipe:
-    """Return the recipe in a bundle's manifest. Raises RecipeError if it is none of this release."""
-    try:
-        return Recipe.model_validate(bundle.manifest.recipe)
-    except ValidationError as e:
-        raise RecipeError(
-            f"{bundle.folder / MANIFEST} holds no recipe of this release: {e.errors()[0]['msg']}"
-        ) from None
-
-
 def evading(
     system: System,
     images: Tensor,
@@ -290,27 +263,23 @@ def evading(
     scores of one fresh vote, less `price` times the part of the excess that is above MARGIN of the threshold, in units
     of the threshold.
     """
-    low, high = (images - eps).clamp_(min=0.0), (images + eps).clamp_(max=1.0)
-    noise = torch.rand(images.shape, generator=generator, device=images.device)
-    x = torch.clamp(images + eps * (2 * noise - 1), low, high)
     row = torch.arange(len(images), device=images.device)
     zeros = torch.zeros(len(images), system.latent, device=images.device)
     allowed = max(bounds.excess, 1e-6)
-    for _ in range(steps):
-        x.requires_grad_(True)
+
+    def loss(x: Tensor) -> Tensor:
         latents = torch.randn(len(images), system.latent, generator=generator, device=images.device)
-        with torch.enable_grad():
-            codes = system.encode(x)[1]
-            raw = system.vote(codes, latents)[0][0]
-            others = raw.clone()
-            others[row, labels] = -inf
-            margin = others.max(dim=1).values - raw[row, labels]
-            distance = (system.decoder(codes, row, zeros) - x).abs()
-            excess = (distance - bounds.eps).clamp(min=0).flatten(1).mean(dim=1)
-            loss = margin - price * (excess / allowed - MARGIN).clamp(min=0)
-            (gradient,) = torch.autograd.grad(loss.sum(), x)
-        x = torch.clamp(x.detach() + STRETCH * eps / steps * gradient.sign(), low, high)
-    return x
+        codes = system.encode(x)[1]
+        raw = system.vote(codes, latents)[0][0]
+        others = raw.clone()
+        others[row, labels] = -inf
+        margin = others.max(dim=1).values - raw[row, labels]
+        distance = (system.decoder(codes, row, zeros) - x).abs()
+        excess = (distance - bounds.eps).clamp(min=0).flatten(1).mean(dim=1)
+        return margin - price * (excess / allowed - MARGIN).clamp(min=0)
+
+    start = random_start(images, eps, generator=generator)
+    return climb(loss, start, images, eps=eps, steps=steps, step_size=STRETCH * eps / steps)
 
 
 def as_markdown(typical: Typical) -> str:
