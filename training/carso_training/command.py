@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from carso import CarsoError, Client
-from carso.bundle import MANIFEST, Bundle, BundleError, sealed
+from carso.bundle import MANIFEST, Bundle, BundleError
 from carso.inference.runtime import InstallationError, check_runtime
 from carso.inference.sessions import DeviceError
 from carso.version import __version__
@@ -34,12 +34,14 @@ from carso_training.robustness.evaluation import Evaluation, Plan, images_of
 from carso_training.robustness.figures import Figure
 from carso_training.robustness.figures import read as read_figures
 from carso_training.robustness.record import record as write_into_bundle
+from carso_training.robustness.record import rewrite
 from carso_training.robustness.report import update, updated
 from carso_training.robustness.samples import write_samples
 from carso_training.robustness.sanity import Checks
+from carso_training.robustness.system import recipe_of
 from carso_training.robustness.table import WIDTH, as_rich, wilson
 from carso_training.robustness.typical import as_markdown as typical_as_markdown
-from carso_training.robustness.typical import recipe_of, typical_of
+from carso_training.robustness.typical import typical_of
 from carso_training.robustness.voting import pipeline_of
 from carso_training.run import Run, RunFolder, Split
 
@@ -252,7 +254,8 @@ def typical(
     folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
     *,
     write: Annotated[
-        bool, typer.Option("--write", help="Put the thresholds and the table into the bundle's manifest.")
+        bool,
+        typer.Option("--write", help="Put thresholds and table into the bundle's manifest and model card."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="File for the figures, as JSON.")] = None,
     source: DataFolder = None,
@@ -275,8 +278,7 @@ def typical(
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write(out, found.model_dump_json(indent=1) + "\n")
     if write:
-        kept = bundle.manifest.model_dump(mode="json", exclude={"schema_version", "files"})
-        sealed(folder, kept | {"typical": found.model_dump(mode="json")})
+        rewrite(bundle, table=bundle.manifest.table, typical=found)
     typer.echo(typical_as_markdown(found))
 
 

@@ -19,13 +19,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from carso.bundle import Bundle, Cell, Typical, sealed
+from carso.bundle import FIRST_PASS, VOTE, Bundle, Cell, Typical, sealed
 from carso.version import __version__
 from lightning_fabric import Fabric
-from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
@@ -43,13 +42,15 @@ from carso_training.fitting.purifier import train_purifier
 from carso_training.fitting.robust import train_robust
 from carso_training.networks import Classifier, Purifier, build_classifier, build_purifier
 from carso_training.recipe import PRESETS, Recipe
-from carso_training.robustness.card import model_card
+from carso_training.robustness.card import CARD, model_card
 from carso_training.robustness.published import PUBLISHED_ACCURACIES, PUBLISHED_FOR, RISK, measure
 from carso_training.robustness.table import WIDTH, as_rich
 from carso_training.robustness.typical import typical_of
 from carso_training.robustness.voting import pipeline_of
 
 log = logging.getLogger(__name__)
+
+R = TypeVar("R")
 
 Split = Literal["validation", "test"]
 CALIBRATION = 200  # images
@@ -200,7 +201,7 @@ class Run:
             for table in as_rich(cells):
                 Console(width=WIDTH).print(table)
             typical = self.typical(Bundle.load(part))
-            (part / "MODEL_CARD.md").write_text(model_card(self.recipe, cells, risk=RISK, typical=typical))
+            (part / CARD).write_text(model_card(self.recipe, cells, risk=RISK, typical=typical))
             self._seal(part, cells=cells, typical=typical)
             part.replace(target)
             durable.sync_folder(target.parent)
@@ -218,10 +219,9 @@ class Run:
 
     def measure(self, system: Trained, bundle: Bundle, *, split: Split) -> list[Cell]:
         """Return the measured table on one split. It is kept in the folder, and measured again for another bundle."""
-        kept = self.folder.path / f"table-{split}.json"
-        made_from = {name: bundle.manifest.files[name] for name in ("first_pass.onnx", "vote.onnx")}
-        if (cells := _kept_table(kept, made_from)) is not None:
-            return cells
+        kept = _Kept(self.folder.path / f"table-{split}.json", bundle)
+        if (found := kept.read(lambda content: [Cell.model_validate(cell) for cell in content["cells"]])) is not None:
+            return found
         cells = measure(
             undefended=system.undefended,
             classifier=system.classifier,
@@ -234,26 +234,18 @@ class Run:
                 "%s, %s: %.2f %% (published: %s)", cell.threat.name, cell.defence, cell.accuracy, cell.published
             ),
         )
-        content = {"made_from": made_from, "cells": [cell.model_dump() for cell in cells]}
-        durable.write(kept, json.dumps(content, indent=1))
+        kept.write({"cells": [cell.model_dump() for cell in cells]})
         return cells
 
     def typical(self, bundle: Bundle) -> Typical:
         """Return which images are typical of a bundle; see `robustness.typical`. It is kept in the folder too."""
-        kept = self.folder.path / "typical.json"
-        made_from = {name: bundle.manifest.files[name] for name in ("first_pass.onnx", "vote.onnx")}
-        try:
-            found: Any = json.loads(kept.read_bytes())
-            if found["made_from"] == made_from:
-                return Typical.model_validate(found["typical"])
-        except FileNotFoundError:
-            pass
-        except (ValueError, TypeError, KeyError):  # pydantic's error is a ValueError
-            log.warning("%s is damaged: measuring again", kept)
+        kept = _Kept(self.folder.path / "typical.json", bundle)
+        if (found := kept.read(lambda content: Typical.model_validate(content["typical"]))) is not None:
+            return found
         typical = typical_of(
             bundle, validation=self.validation, test=self.test, seed=self.recipe.seed, device=self.fabric.device
         )
-        durable.write(kept, json.dumps({"made_from": made_from, "typical": typical.model_dump()}, indent=1))
+        kept.write({"typical": typical.model_dump()})
         return typical
 
     def _trained(self) -> Trained:
@@ -317,14 +309,24 @@ class Run:
         )
 
 
-def _kept_table(path: Path, made_from: dict[str, str]) -> list[Cell] | None:
-    """The cells in a file, if it is there, intact, and of the same graphs."""
-    try:
-        found: Any = json.loads(path.read_bytes())
-        if found["made_from"] == made_from:
-            return [Cell.model_validate(cell) for cell in found["cells"]]
-    except FileNotFoundError:
-        pass
-    except (ValueError, TypeError, KeyError, ValidationError):
-        log.warning("%s is damaged: measuring again", path)
-    return None
+class _Kept:
+    """A file of what was measured on the graphs of a bundle."""
+
+    def __init__(self, path: Path, bundle: Bundle) -> None:
+        self._path = path
+        self._made_from = {name: bundle.manifest.files[name] for name in (FIRST_PASS, VOTE)}
+
+    def read(self, parse: Callable[[Any], R]) -> R | None:
+        """Return what `parse` makes of the content; None if there is no file, it is damaged, or of other graphs."""
+        try:
+            found = json.loads(self._path.read_bytes())
+            if found["made_from"] == self._made_from:
+                return parse(found)
+        except FileNotFoundError:
+            pass
+        except (ValueError, TypeError, KeyError):  # pydantic's error is a ValueError
+            log.warning("%s is damaged: measuring again", self._path)
+        return None
+
+    def write(self, content: dict[str, Any]) -> None:
+        durable.write(self._path, json.dumps({"made_from": self._made_from, **content}, indent=1))

@@ -25,7 +25,6 @@ from carso_training.networks.interface import (
     Purifier,
     PurifierArchitecture,
     PurifierConfig,
-    PurifierOutput,
 )
 
 STRIDES = 4  # two layers of stride 2: sides must be multiples of it
@@ -147,21 +146,9 @@ class ConvPurifier(Purifier):
             nn.ConvTranspose2d(second, config.input_shape[0], 4, stride=2, padding=1),
         )
 
-    def encode(self, representation: Tensor) -> Tensor:
-        """Return the codes [B, code], in (0, 1), of representations."""
-        return self.code_encoder(representation)
-
     def decode_logits(self, code: Tensor, latent: Tensor) -> Tensor:
         """Return the logits of the pixels of purified images, [B, *input_shape]."""
         return self.decoder(torch.cat([code, latent], dim=1))
-
-    def forward(self, images: Tensor, representation: Tensor, noise: Tensor) -> PurifierOutput:
-        """Reconstruct images from themselves and their representation; `noise` [B, latent] is N(0, I)."""
-        code = self.encode(representation)
-        encoded = self.encoder(torch.cat([self.input_encoder(images.flatten(1)), code], dim=1))
-        mean, log_variance = self.mean(encoded), self.log_variance(encoded)
-        latent = mean + noise * torch.exp(0.5 * log_variance)
-        return PurifierOutput(self.decode_logits(code, latent).flatten(1), mean, log_variance)
 
 
 CLASSIFIER = ClassifierArchitecture("conv", ConvClassifierConfig, ConvClassifier)

@@ -25,7 +25,6 @@ from carso_training.networks.interface import (
     Purifier,
     PurifierArchitecture,
     PurifierConfig,
-    PurifierOutput,
 )
 
 Dropout = Annotated[float, Field(ge=0, lt=1)]
@@ -117,21 +116,9 @@ class FcnPurifier(Purifier):
             nn.Linear(second, pixels),
         )
 
-    def encode(self, representation: Tensor) -> Tensor:
-        """Return the codes [B, code], in (0, 1), of representations."""
-        return self.code_encoder(representation)
-
     def decode_logits(self, code: Tensor, latent: Tensor) -> Tensor:
         """Return the logits of the pixels of purified images, [B, *input_shape]."""
         return self.decoder(torch.cat([code, latent], dim=1)).unflatten(1, self.config.input_shape)
-
-    def forward(self, images: Tensor, representation: Tensor, noise: Tensor) -> PurifierOutput:
-        """Reconstruct images from themselves and their representation; `noise` [B, latent] is N(0, I)."""
-        code = self.encode(representation)
-        encoded = self.encoder(torch.cat([self.input_encoder(images.flatten(1)), code], dim=1))
-        mean, log_variance = self.mean(encoded), self.log_variance(encoded)
-        latent = mean + noise * torch.exp(0.5 * log_variance)
-        return PurifierOutput(self.decoder(torch.cat([code, latent], dim=1)), mean, log_variance)
 
     def folded_encoder(self) -> nn.Module:
         """Return the code encoder for export, with batch norms folded into the layers."""

@@ -90,10 +90,15 @@ class Purifier(nn.Module, ABC):
     config: PurifierConfig
     code_encoder: nn.Module  # these two hold all weights that are used online
     decoder: nn.Module
+    # for training only
+    input_encoder: nn.Module  # of the flattened image
+    encoder: nn.Module  # of what both encoders give, concatenated
+    mean: nn.Module  # of the latent, from what the encoder gives
+    log_variance: nn.Module
 
-    @abstractmethod
     def encode(self, representation: Tensor) -> Tensor:
-        """Return the codes [B, code] of representations."""
+        """Return the codes [B, code], in (0, 1), of representations."""
+        return self.code_encoder(representation)
 
     @abstractmethod
     def decode_logits(self, code: Tensor, latent: Tensor) -> Tensor:
@@ -103,9 +108,13 @@ class Purifier(nn.Module, ABC):
         """Return purified images [B, *input_shape] in [0, 1]."""
         return torch.sigmoid(self.decode_logits(code, latent))
 
-    @abstractmethod
     def forward(self, images: Tensor, representation: Tensor, noise: Tensor) -> PurifierOutput:
         """Reconstruct images from themselves and their representation; `noise` [B, latent] is N(0, I)."""
+        code = self.encode(representation)
+        encoded = self.encoder(torch.cat([self.input_encoder(images.flatten(1)), code], dim=1))
+        mean, log_variance = self.mean(encoded), self.log_variance(encoded)
+        latent = mean + noise * torch.exp(0.5 * log_variance)
+        return PurifierOutput(self.decode_logits(code, latent).flatten(1), mean, log_variance)
 
     def folded_encoder(self) -> nn.Module:
         """Return a module for export: representation -> codes, as `encode` in eval mode."""

@@ -10,7 +10,8 @@ from carso_training.recipe import Hardening, Recipe, Strengths
 from carso_training.robustness.table import as_markdown
 from carso_training.robustness.typical import as_markdown as typical_as_markdown
 
-CARD = """\
+CARD = "MODEL_CARD.md"  # the file in a bundle
+TEXT = """\
 # {name}
 
 A CARSO system (a classifier and a purifier) for {dataset}. It tells {classes} classes apart ({class_names}), from \
@@ -36,7 +37,7 @@ Images must be like those it was trained on: {expects} An image that is not, suc
 an answer all the same.
 
 The system is meant for research, teaching and tests on {dataset}. {norms} Nothing is known of its accuracy under \
-other threats, or on images that are not like those of {dataset}: every image gets an answer.
+other threats, or on images that are not like those of {dataset}.
 
 ## Files
 
@@ -92,7 +93,7 @@ def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float, typical: T
         sentences.append(FAILED_ATTACK)
     norms = dict.fromkeys(NORMS[cell.threat.norm] for cell in cells if cell.kind != "clean")
     images = dict.fromkeys(cell.images for cell in cells)
-    return CARD.format(
+    return TEXT.format(
         name=recipe.name,
         dataset=recipe.data.title,
         classes=len(recipe.data.classes),

@@ -236,6 +236,7 @@ class Evaluation:
     def _recounts(self, eps: float, surrogate: Bundle | None, report: Report) -> None:
         """Judge every image that the adaptive attacks made by one more election: of another size, or in int8."""
         campaign, adaptive = self._adaptive(eps, surrogate)
+        batches = list(campaign.made())
         int8 = pipeline_of(self.bundle, threads=self.threads, precision="int8")
         for name, pipeline, samples in (
             *((f"votes-{samples}", self.pipeline, samples) for samples in controls.VOTES),
@@ -250,7 +251,7 @@ class Evaluation:
             began = time.perf_counter()
             right = torch.ones(len(self.data), dtype=torch.bool)
             clean, candidates = 0, 0
-            for made in campaign.made():
+            for made in batches:
                 rows = torch.from_numpy(made.rows)
                 found = judge(torch.from_numpy(made.images), self.data.labels[rows], rows, made.trial)
                 right[rows] &= found

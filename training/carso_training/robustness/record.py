@@ -1,4 +1,4 @@
-"""Writing measured figures into a bundle: its table and its model card, the adaptive figures first."""
+"""Writing what was measured into a bundle: its manifest and its model card, the adaptive figures first."""
 
 from __future__ import annotations
 
@@ -6,19 +6,18 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from carso.bundle import Bundle, Cell, sealed
+from carso.bundle import Bundle, Cell, Typical, sealed
 
 from carso_training import durable
 from carso_training.errors import RunError
-from carso_training.recipe import Recipe
 from carso_training.robustness import figures
-from carso_training.robustness.card import model_card
+from carso_training.robustness.card import CARD, model_card
 from carso_training.robustness.figures import Figure
 from carso_training.robustness.published import RISK
+from carso_training.robustness.system import recipe_of
 from carso_training.robustness.table import PROTOCOLS
 
 RECORDED = ("adaptive", "strong", "blackbox")  # controls are of other systems than the bundle
-CARD = "MODEL_CARD.md"
 
 
 def record(folder: Path, found: Sequence[Figure]) -> tuple[Cell, ...]:
@@ -39,20 +38,27 @@ def record(folder: Path, found: Sequence[Figure]) -> tuple[Cell, ...]:
             )
         if figure.measured.split != "test":
             raise RunError(f"{figure.file_name} is of {figure.measured.split} images; a bundle tells of test images.")
-    manifest = bundle.manifest
-    others = [cell for cell in manifest.table if cell.threat.attack not in PROTOCOLS]
+    others = [cell for cell in bundle.manifest.table if cell.threat.attack not in PROTOCOLS]
     table = (*(figure.cell for figure in chosen), *others)
+    rewrite(bundle, table=table, typical=bundle.manifest.typical)
+    return table
+
+
+def rewrite(bundle: Bundle, *, table: Sequence[Cell], typical: Typical | None) -> None:
+    """Write a bundle again, beside the old one and swapped, with what was measured in its manifest and model card.
+
+    The networks stay as they are. Raises RecipeError if the manifest holds no recipe of this release, and OSError.
+    """
+    folder = bundle.folder
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(folder, part)
-    (part / CARD).write_text(
-        model_card(Recipe.model_validate(manifest.recipe), table, risk=RISK, typical=manifest.typical)
-    )
-    fields = manifest.model_dump(mode="json", exclude={"schema_version", "files", "table"})
-    sealed(part, {**fields, "table": [cell.model_dump() for cell in table]})
+    (part / CARD).write_text(model_card(recipe_of(bundle), table, risk=RISK, typical=typical))
+    fields = bundle.manifest.model_dump(mode="json", exclude={"schema_version", "files"})
+    measured = {"table": [cell.model_dump() for cell in table], "typical": typical and typical.model_dump()}
+    sealed(part, fields | measured)
     Bundle.load(part)
     folder.replace(old)
     part.replace(folder)
     durable.sync_folder(folder.parent)
     shutil.rmtree(old)
-    return table
