@@ -505,6 +505,8 @@ def test_figures_are_recorded_in_the_bundle_with_the_adaptive_ones_first(tmp_pat
         figure(eps=0.15, correct=180),
         figure(eps=0.3, correct=120),
         figure(eps=0.3, correct=1, defence="smoothing", protocol="controls"),
+        figure(eps=0.3, correct=119, defence="votes-1500", protocol="controls"),
+        figure(eps=0.3, correct=118, defence="int8", protocol="controls"),
     ):
         figures.write(out, of(each))
     for _ in range(2):  # a second time, nothing is there twice
@@ -514,6 +516,8 @@ def test_figures_are_recorded_in_the_bundle_with_the_adaptive_ones_first(tmp_pat
         assert measured == [("adaptive", 0.15, 180), ("adaptive", 0.3, 120), ("strong", 0.3, 160)]
         kept = [cell for cell in before.manifest.table if cell.threat.attack not in ("adaptive", "strong", "blackbox")]
         assert list(after.manifest.table[3:]) == kept
+        recounts = [(each.threat.eps, each.correct_float32, each.correct_int8) for each in after.manifest.recounts]
+        assert recounts == [(0, 198, 198), (0.3, 119, 118)]
     assert figures.networks(after) == mine  # so that the figures go on being this bundle's
     assert sorted(path.name for path in tmp_path.iterdir()) == ["figures", "mine"]
     card = (folder / "MODEL_CARD.md").read_text()

@@ -90,8 +90,9 @@ def build(settings: Settings) -> Service:
             "of typical images. Add them with `carso-train typical`, or set it to mark"
         )
     sessions = _sessions(bundle, settings)
-    provider = sessions.provider
-    metrics = Metrics(bundle, device=settings.device, provider=provider, precision=settings.precision)
+    provider, precision = sessions.provider, sessions.precision
+    log.info("votes are cast in %s: %s", precision.precision, precision.because)
+    metrics = Metrics(bundle, device=settings.device, provider=provider, precision=precision.precision)
     engine = Engine(
         Pipeline(
             sessions,
@@ -139,12 +140,12 @@ def build(settings: Settings) -> Service:
         bundle,
         options,
         provider=provider,
-        precision=settings.precision,
+        precision=precision.precision,
         max_images=settings.max_images,
         evidence=settings.evidence,
     )
     native.add_to(app)
-    operations.add_to(app, probes, metrics, _info(settings, bundle, provider=provider))
+    operations.add_to(app, probes, metrics, _info(settings, bundle, sessions))
     models = [
         Model(
             path,
@@ -271,11 +272,17 @@ def _tracing(settings: Settings) -> Tracing:
     return Tracing()
 
 
-def _info(settings: Settings, bundle: Bundle, *, provider: str) -> Info:
+def _info(settings: Settings, bundle: Bundle, sessions: Sessions) -> Info:
     return Info(
         version=__version__,
         bundle=bundle_info(bundle),
-        device=DeviceInfo(asked=settings.device, provider=provider, precision=settings.precision),
+        device=DeviceInfo(
+            asked=settings.device,
+            provider=sessions.provider,
+            precision=sessions.precision.precision,
+            precision_asked=settings.precision,
+            precision_because=sessions.precision.because,
+        ),
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         risk=settings.risk,
         media_types=MEDIA_TYPES,

@@ -143,6 +143,23 @@ class Cell(_Strict):
         return "transfer" if is_classifier else "adaptive"
 
 
+class Recount(_Strict):
+    """The same images, judged by votes in int8 and in float32."""
+
+    threat: Threat  # that the images were made under
+    images: int = Field(gt=0)
+    correct_float32: int = Field(ge=0)
+    correct_int8: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Recount:
+        if max(self.correct_float32, self.correct_int8) > self.images:
+            raise ValueError(
+                f"{self.correct_float32} and {self.correct_int8} of {self.images} images cannot be correct"
+            )
+        return self
+
+
 class Judged(_Strict):
     """Images of one kind, and how many of them are not typical."""
 
@@ -187,6 +204,7 @@ class Manifest(_Strict):
     samples: int = Field(gt=0)  # votes asked for by default
     recipe: dict[str, Any]  # how it was trained
     table: tuple[Cell, ...]  # what was measured
+    recounts: tuple[Recount, ...] = ()  # what int8 votes change, as far as it was measured
     typical: Typical | None = None  # None: this bundle cannot tell
     files: dict[FileName, Sha256]
 
@@ -220,6 +238,11 @@ class Bundle:
     vote: bytes  # ONNX graph
     vote_int8: bytes | None  # ONNX graph
     self_test: SelfTest
+
+    @property
+    def recounts(self) -> tuple[Recount, ...]:
+        """What votes in int8 change; nothing, if there is no graph to cast them."""
+        return () if self.vote_int8 is None else self.manifest.recounts
 
     @classmethod
     def load(cls, folder: Path) -> Bundle:

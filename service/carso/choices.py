@@ -8,7 +8,8 @@ from pydantic import AfterValidator, WithJsonSchema
 
 PathName = Literal["fast", "robust"]  # fast: the first pass alone; robust: both passes and the vote
 Device = Literal["auto", "cuda", "cpu"]
-Precision = Literal["float32", "int8"]
+Precision = Literal["float32", "int8"]  # of the votes
+PrecisionAsked = Literal["auto", "float32", "int8"]
 Evidence = Literal["full", "label"]  # how much of an answer callers see
 Checked = Literal["robust", "all", "off"]  # on which paths images are compared with what the purifier knows
 Untypical = Literal["mark", "refuse"]  # what happens to an image that is not like that

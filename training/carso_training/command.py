@@ -278,7 +278,7 @@ def typical(
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write(out, found.model_dump_json(indent=1) + "\n")
     if write:
-        rewrite(bundle, table=bundle.manifest.table, typical=found)
+        rewrite(bundle, table=bundle.manifest.table, recounts=bundle.manifest.recounts, typical=found)
     typer.echo(typical_as_markdown(found))
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from carso.bundle import Bundle, Cell, InputSpec, Typical
-from carso.choices import Checked, Device, Evidence, Precision, Untypical
+from carso.choices import Checked, Device, Evidence, Precision, PrecisionAsked, Untypical
 from carso.inference.jobs import Ending, Result, Times, VotePlan
 
 
@@ -177,6 +177,8 @@ class DeviceInfo(_Answer):
     asked: Device
     provider: str = Field(description="What is in use, as the built session tells.")
     precision: Precision = Field(description="Of the votes.")
+    precision_asked: PrecisionAsked
+    precision_because: str = Field(description="Why the votes have this precision.")
 
 
 class Info(_Answer):

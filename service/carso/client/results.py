@@ -135,7 +135,8 @@ class DeviceInfo(_Value):
 
     asked: str
     provider: str
-    precision: str
+    precision: str  # of the votes
+    precision_because: str | None = None  # why they have it
 
 
 class Limits(_Value):

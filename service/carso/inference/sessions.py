@@ -16,7 +16,8 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
 from carso.bundle import FIRST_PASS, VOTE, VOTE_INT8, Bundle
-from carso.choices import CPU, CUDA, Device, Precision
+from carso.choices import CPU, CUDA, Device, Precision, PrecisionAsked
+from carso.inference.precision import Choice, chosen
 from carso.inference.processors import usable_cpus
 
 log = logging.getLogger(__name__)
@@ -47,20 +48,22 @@ class Sessions:
     """Both graphs of one bundle, built on one device. Not for use by two threads at once."""
 
     provider: str  # the execution provider really in use, as the built session tells
+    precision: Choice  # of the votes
 
     def __init__(
         self,
         bundle: Bundle,
         *,
         device: Device = "auto",
-        precision: Precision = "float32",
+        precision: PrecisionAsked = "float32",
         threads: int | None = None,
         spin: bool = False,
         buckets: Sequence[int] | None = None,
     ) -> None:
         """Build and self-test both sessions.
 
-        `precision` is that of the votes; first passes are always float32. `threads` is how many threads ONNX Runtime
+        `precision` is that of the votes, `auto` as ``carso.inference.precision`` chooses; first passes are always
+        float32. `threads` is how many threads ONNX Runtime
         uses on the CPU; None: one for each processor that this process may use. With `spin`, idle threads keep their
         processors busy for a shorter wake-up. `buckets` are the batch sizes to pad to, ascending; larger batches run as
         they are; None: CUDA_BUCKETS on CUDA, none on the CPU. Raises DeviceError.
@@ -69,7 +72,8 @@ class Sessions:
         first_pass = _build(FIRST_PASS, bundle.first_pass, device, _options(threads=1, spin=spin))
         self.provider = _provider(first_pass)
         options = _options(threads=threads or usable_cpus(), spin=spin)
-        if precision == "int8":
+        self.precision = chosen(precision, bundle.recounts, provider=self.provider)
+        if self.precision.precision == "int8":
             vote = _build(VOTE_INT8, _int8_graph(bundle, provider=self.provider), "cpu", options)
         else:
             # what the first session got, the second must get too
@@ -78,7 +82,7 @@ class Sessions:
         self._first_pass, self._vote = (_Batches(session, self._buckets) for session in (first_pass, vote))
         try:
             self._warm(bundle)
-            self._check(bundle, vote_tolerance=VOTE_TOLERANCE[precision])
+            self._check(bundle, vote_tolerance=VOTE_TOLERANCE[self.precision.precision])
         except DeviceError:
             raise
         except Exception as e:  # ONNX Runtime has a class per status code, and no base of them

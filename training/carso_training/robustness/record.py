@@ -6,7 +6,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from carso.bundle import Bundle, Cell, Typical, sealed
+from carso.bundle import Bundle, Cell, Recount, Threat, Typical, sealed
 
 from carso_training import durable
 from carso_training.errors import RunError
@@ -17,7 +17,8 @@ from carso_training.robustness.published import RISK
 from carso_training.robustness.system import recipe_of
 from carso_training.robustness.table import PROTOCOLS
 
-RECORDED = ("adaptive", "strong", "blackbox")  # controls are of other systems than the bundle
+RECORDED = ("adaptive", "strong", "blackbox")  # controls are of other systems than the bundle, but for those of int8
+CLEAN = Threat(attack="none", norm="linf", eps=0, sees="nothing")
 
 
 def record(folder: Path, found: Sequence[Figure]) -> tuple[Cell, ...]:
@@ -29,9 +30,10 @@ def record(folder: Path, found: Sequence[Figure]) -> tuple[Cell, ...]:
     bundle = Bundle.load(folder)
     mine = figures.networks(bundle)
     chosen = [figure for figure in figures.in_order(found) if figure.protocol in RECORDED]
+    recounts = _recounts(found, votes=f"votes-{bundle.manifest.samples}") or bundle.manifest.recounts
     if not chosen:
         raise RunError("there are no figures to record. Make them with: carso-train evaluate BUNDLE --protocol full")
-    for figure in chosen:
+    for figure in found:
         if figure.measured.networks != mine:
             raise RunError(
                 f"{figure.file_name} was measured on other networks than those of {folder}. Measure it again."
@@ -40,11 +42,40 @@ def record(folder: Path, found: Sequence[Figure]) -> tuple[Cell, ...]:
             raise RunError(f"{figure.file_name} is of {figure.measured.split} images; a bundle tells of test images.")
     others = [cell for cell in bundle.manifest.table if cell.threat.attack not in PROTOCOLS]
     table = (*(figure.cell for figure in chosen), *others)
-    rewrite(bundle, table=table, typical=bundle.manifest.typical)
+    rewrite(bundle, table=table, recounts=recounts, typical=bundle.manifest.typical)
     return table
 
 
-def rewrite(bundle: Bundle, *, table: Sequence[Cell], typical: Typical | None) -> None:
+def _recounts(found: Sequence[Figure], *, votes: str) -> list[Recount]:
+    """Pair the controls that judged the adaptive attacks' images again in int8 with those that did so in float32.
+
+    `votes` is the name of the latter. The clean images are the same at every eps, and told once.
+    """
+    controls = {
+        (figure.cell.defence, figure.cell.threat.eps): figure
+        for figure in figures.in_order(found)
+        if figure.protocol == "controls"
+    }
+    recounts: list[Recount] = []
+    for (defence, eps), int8 in controls.items():
+        if defence != "int8" or (plain := controls.get((votes, eps))) is None:
+            continue
+        images = int8.cell.images
+        if not recounts:
+            clean = Recount(threat=CLEAN, images=images, correct_float32=plain.clean, correct_int8=int8.clean)
+            recounts.append(clean)
+        recounts.append(
+            Recount(
+                threat=int8.cell.threat,
+                images=images,
+                correct_float32=plain.cell.correct,
+                correct_int8=int8.cell.correct,
+            )
+        )
+    return recounts
+
+
+def rewrite(bundle: Bundle, *, table: Sequence[Cell], recounts: Sequence[Recount], typical: Typical | None) -> None:
     """Write a bundle again, beside the old one and swapped, with what was measured in its manifest and model card.
 
     The networks stay as they are. Raises RecipeError if the manifest holds no recipe of this release, and OSError.
@@ -55,7 +86,11 @@ def rewrite(bundle: Bundle, *, table: Sequence[Cell], typical: Typical | None) -
     shutil.copytree(folder, part)
     (part / CARD).write_text(model_card(recipe_of(bundle), table, risk=RISK, typical=typical))
     fields = bundle.manifest.model_dump(mode="json", exclude={"schema_version", "files"})
-    measured = {"table": [cell.model_dump() for cell in table], "typical": typical and typical.model_dump()}
+    measured = {
+        "table": [cell.model_dump() for cell in table],
+        "recounts": [recount.model_dump() for recount in recounts],
+        "typical": typical and typical.model_dump(),
+    }
     sealed(part, fields | measured)
     Bundle.load(part)
     folder.replace(old)
