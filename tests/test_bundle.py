@@ -86,6 +86,53 @@ def test_a_bundle_comes_back_as_it_was_sealed(config, tmp_path):
     np.testing.assert_array_equal(bundle.self_test.images, random_images(8, config))
 
 
+SAMPLE = {
+    "file": "00000-clean.png",
+    "index": 0,
+    "label": 9,
+    "kind": "none",
+    "attack": "none",
+    "eps": 0,
+    "seed": 1,
+    "fast_label": 9,
+    "robust_label": 3,
+}
+
+
+def with_samples(bundle: Path, **changes: object) -> Path:
+    (bundle / "samples").mkdir()
+    (bundle / "samples/00000-clean.png").write_bytes(b"an image")
+    described = {"split": "test", "risk": 1e-3, "images": [SAMPLE | changes]}
+    (bundle / "samples/samples.json").write_text(json.dumps(described))
+    reseal(bundle)
+    return bundle
+
+
+def test_samples_come_back_as_they_were_sealed_and_a_bundle_may_have_none(bundle):
+    assert (Bundle.load(bundle).samples, Bundle.load(bundle).sample_files) == (None, {})
+    loaded = Bundle.load(with_samples(bundle))
+    (sample,) = loaded.samples.images
+    assert (sample.label, sample.fast_right, sample.robust_right) == (9, True, False)
+    assert loaded.sample_files == {"00000-clean.png": b"an image"}
+    (bundle / "samples/00000-clean.png").write_bytes(b"another")
+    with pytest.raises(BundleError, match=r"00000-clean\.png is damaged"):
+        Bundle.load(bundle)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"file": "another.png"}, "names another.png, which the manifest does not list"),
+        ({"file": "../00000-clean.png"}, "should match pattern"),
+        ({"robust_label": 10}, "has a class past the last of 10"),
+        ({"kind": "white-box"}, "should be 'none', 'transfer' or 'adaptive'"),
+    ],
+)
+def test_samples_that_are_not_as_described_are_refused(bundle, changes, reason):
+    with pytest.raises(BundleError, match=rf"samples\.json.*{reason}.*Export the bundle again"):
+        Bundle.load(with_samples(bundle, **changes))
+
+
 def test_a_loaded_bundle_does_not_need_its_folder_any_more(bundle):
     loaded = Bundle.load(bundle)
     for path in bundle.iterdir():

@@ -67,7 +67,7 @@ def test_the_wheel_holds_both_packages_and_the_reference_bundle_and_nothing_else
         for path in (ROOT / half).rglob("*")
         if path.is_file() and not re.search(r"/__pycache__/|/\.", f"/{path.relative_to(ROOT / half)}")
     }
-    bundle = {f"carso/models/mnist-fcn/{path.name}" for path in (ROOT / "models/mnist-fcn").iterdir()}
+    bundle = {f"carso/{path.relative_to(ROOT)}" for path in (ROOT / "models/mnist-fcn").rglob("*") if path.is_file()}
     assert found == expected | bundle
     assert {"carso/py.typed", "carso_training/py.typed"} <= found
 

@@ -424,7 +424,7 @@ def test_a_damaged_table_is_measured_again(tiny: Path, damaged: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("command", [("evaluate", "--split", "test"), ("samples", "--out", "samples")])
+@pytest.mark.parametrize("command", [("evaluate", "--split", "test"), ("showcase", "--out", "images")])
 @pytest.mark.parametrize("missing", ["purifier/weights.safetensors", "bundle", "recipe.json"])
 def test_what_needs_a_finished_run_does_not_train_but_says_how_to_finish_it(
     tiny: Path, damaged: Path, command: tuple[str, ...], missing: str
@@ -666,8 +666,8 @@ def test_the_service_answers_from_a_quick_runs_bundle_as_the_offline_pipeline_do
 
 
 @pytest.mark.slow
-def test_samples_of_a_quick_run_show_the_difference(quick_run: Path, tmp_path: Path) -> None:
-    said = carso_train("samples", "mnist-fcn", "--quick", "--folder", quick_run, "--out", tmp_path, "--count", 1)
+def test_the_showcase_of_a_quick_run_shows_the_difference(quick_run: Path, tmp_path: Path) -> None:
+    said = carso_train("showcase", "mnist-fcn", "--quick", "--folder", quick_run, "--out", tmp_path, "--count", 1)
     assert said.status == 0, said
     clean, attacked_image = sorted(path.name for path in tmp_path.glob("*.png"))
     assert clean.endswith("-clean.png") and attacked_image.endswith("-pgd-0.30.png")

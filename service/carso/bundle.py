@@ -6,6 +6,7 @@
     vote_int8.onnx      as vote.onnx, in 8-bit arithmetic for CPUs; a bundle may lack it
     self_test.npz       inputs, and the answers that intact graphs give to them
     *.safetensors       weights, for further training and white-box evaluation; the service does not read them
+    samples/            images, clean and attacked, with the answers that they got (``carso.samples``); optional
     MODEL_CARD.md       for people
 
 No file is a pickle, and none is parsed before its checksum is verified.
@@ -18,6 +19,7 @@ import io
 import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -25,6 +27,8 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from carso.samples import INDEX, SAMPLES, Samples
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
@@ -42,7 +46,8 @@ Kind = Literal["clean", "white-box", "transfer", "adaptive", "black-box"]
 CLASSIFIERS = ("undefended", "classifier")  # defences that are a classifier and nothing else
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # no separators: nothing outside the folder
+# No other separators, and no name that begins with a dot: nothing outside the folder
+FileName = Annotated[str, Field(pattern=rf"^({SAMPLES}/)?[A-Za-z0-9][A-Za-z0-9._-]*$")]
 
 
 class BundleError(Exception):
@@ -238,6 +243,8 @@ class Bundle:
     vote: bytes  # ONNX graph
     vote_int8: bytes | None  # ONNX graph
     self_test: SelfTest
+    samples: Samples | None  # None: this bundle ships none
+    sample_files: Mapping[str, bytes]  # the PNG file of each sample, by its name in `samples`
 
     @property
     def recounts(self) -> tuple[Recount, ...]:
@@ -257,8 +264,9 @@ class Bundle:
                     f"{folder / name} is damaged: its SHA-256 is {found}, the manifest says {expected}. "
                     "Copy the bundle again, or export it again with carso-train."
                 )
-            if name in (*REQUIRED, VOTE_INT8):
+            if name in (*REQUIRED, VOTE_INT8) or name.startswith(f"{SAMPLES}/"):
                 files[name] = data
+        samples = _samples(folder / INDEX, files, manifest)
         return cls(
             folder=folder,
             manifest=manifest,
@@ -267,6 +275,8 @@ class Bundle:
             vote=files[VOTE],
             vote_int8=files.get(VOTE_INT8),
             self_test=_self_test(folder / SELF_TEST, files[SELF_TEST], manifest),
+            samples=samples,
+            sample_files={each.file: files[f"{SAMPLES}/{each.file}"] for each in samples.images} if samples else {},
         )
 
 
@@ -277,8 +287,8 @@ def sealed(folder: Path, manifest: dict[str, Any]) -> Manifest:
     field is wrong, and OSError if a file cannot be read or written.
     """
     files = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.iterdir())
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted([*folder.iterdir(), *folder.glob(f"{SAMPLES}/*")])
         if path.is_file() and path.name != MANIFEST
     }
     complete = Manifest.model_validate({"schema_version": SCHEMA_VERSION, **manifest, "files": files})
@@ -319,6 +329,25 @@ def _parse(path: Path, content: bytes) -> Manifest:
         raise BundleError(
             f"{path} is not a valid manifest: {where}: {first['msg']}. Export the bundle again."
         ) from None
+
+
+def _samples(path: Path, files: Mapping[str, bytes], manifest: Manifest) -> Samples | None:
+    if INDEX not in files:
+        return None
+    try:
+        samples = Samples.model_validate_json(files[INDEX])
+    except ValidationError as e:
+        raise BundleError(
+            f"{path} does not describe samples: {e.errors()[0]['msg']}. Export the bundle again."
+        ) from None
+    for sample in samples.images:
+        if f"{SAMPLES}/{sample.file}" not in files:
+            raise BundleError(f"{path} names {sample.file}, which the manifest does not list. Export the bundle again.")
+        if max(sample.label, sample.fast_label, sample.robust_label) >= len(manifest.classes):
+            raise BundleError(
+                f"{path}: {sample.file} has a class past the last of {len(manifest.classes)}. Export the bundle again."
+            )
+    return samples
 
 
 def _self_test(path: Path, content: bytes, manifest: Manifest) -> SelfTest:

@@ -17,6 +17,7 @@ from carso import CarsoError, Client
 from carso.bundle import MANIFEST, Bundle, BundleError
 from carso.inference.runtime import InstallationError, check_runtime
 from carso.inference.sessions import DeviceError
+from carso.samples import SAMPLES
 from carso.version import __version__
 from lightning_fabric import Fabric
 from lightning_fabric.utilities.exceptions import MisconfigurationException
@@ -36,8 +37,9 @@ from carso_training.robustness.figures import read as read_figures
 from carso_training.robustness.record import record as write_into_bundle
 from carso_training.robustness.record import rewrite
 from carso_training.robustness.report import update, updated
-from carso_training.robustness.samples import write_samples
+from carso_training.robustness.samples import samples_of
 from carso_training.robustness.sanity import Checks
+from carso_training.robustness.showcase import write_showcase
 from carso_training.robustness.system import recipe_of
 from carso_training.robustness.table import WIDTH, as_rich, wilson
 from carso_training.robustness.typical import as_markdown as typical_as_markdown
@@ -52,6 +54,7 @@ SANITY_IMAGES = 200  # the checks make their attacks a dozen times over
 WantedProtocol = Literal["published", "strong", "adaptive", "sanity", "controls", "blackbox", "full"]
 STRONG_EPS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40)  # cheap: the classifier of the first pass is small
 ADAPTIVE_EPS = (0.15, 0.30)
+SAMPLE_EPS = (0.10, 0.15, 0.20, 0.25, 0.30)
 
 DataFolder = Annotated[
     Path | None,
@@ -278,7 +281,7 @@ def typical(
         out.parent.mkdir(parents=True, exist_ok=True)
         durable.write(out, found.model_dump_json(indent=1) + "\n")
     if write:
-        rewrite(bundle, table=bundle.manifest.table, recounts=bundle.manifest.recounts, typical=found)
+        rewrite(bundle, typical=found)
     typer.echo(typical_as_markdown(found))
 
 
@@ -311,6 +314,37 @@ def record(
 
 @app.command()
 def samples(
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    *,
+    images: Annotated[int, typer.Option(min=1, max=100, help="How many: the first of the split.")] = 10,
+    eps: Annotated[
+        list[float] | None,
+        typer.Option(min=0.01, max=1.0, help=f"Strengths; may be given several times. [default: {SAMPLE_EPS}]"),
+    ] = None,
+    split: Annotated[Split, typer.Option(help="Of the images.")] = "test",
+    effort: Annotated[EffortName, typer.Option(help="How hard the attacks try.")] = "quick",
+    seed: Annotated[int, typer.Option(min=0, max=2**31, help="Decides attacks and votes.")] = 0,
+    source: DataFolder = None,
+) -> None:
+    """Put the first images of a split into a bundle as its samples: clean, and attacked at several strengths.
+
+    The attacks see the classifier alone (transfer), or all of CARSO (adaptive). Nothing is trained. A minute or two.
+    """
+    bundle = Bundle.load(folder)
+    found = samples_of(
+        bundle,
+        data=images_of(bundle, split, given=source)[slice(images)],
+        split=split,
+        strengths=sorted(set(eps or SAMPLE_EPS)),
+        effort=EFFORTS[effort],
+        seed=seed,
+    )
+    rewrite(bundle, samples=found)
+    typer.echo(f"{folder / SAMPLES}: {len(found) - 1} images, {sum(map(len, found.values())) / 1000:.0f} kB")
+
+
+@app.command()
+def showcase(
     recipe: RecipeName,
     *,
     out: Annotated[Path, typer.Option(help="Folder for the PNG files.")],
@@ -320,10 +354,10 @@ def samples(
     folder: Folder = None,
     source: DataFolder = None,
 ) -> None:
-    """Write sample images, clean and attacked, of a finished run. Nothing is trained."""
+    """Write test images of a finished run, clean and attacked, that show what CARSO is for. Nothing is trained."""
     opened = _open(_recipe(recipe, quick=quick, seed=seed), folder, source=source, accelerator="cpu", finished=True)
     system, bundle = opened.load()
-    written = write_samples(
+    written = write_showcase(
         out,
         classifier=system.classifier,
         pipeline=pipeline_of(bundle),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from carso.bundle import Cell, Kind, Typical
+from carso.samples import Samples
 
 from carso_training.recipe import Hardening, Recipe, Strengths
 from carso_training.robustness.table import as_markdown
@@ -45,7 +46,12 @@ other threats, or on images that are not like those of {dataset}.
 - The files `*.safetensors` hold the same weights, for further training and white-box evaluation. \
 `carso_training.export.weights` reads them into PyTorch.
 - `self_test.npz` holds inputs with known answers, which the service checks at start.
-- `manifest.json` lists the SHA-256 of each file.
+{shipped}- `manifest.json` lists the SHA-256 of each file.
+"""
+
+SAMPLES = """\
+- `samples/` holds the first {count} images of the {split} set, clean and attacked at several strengths, with the \
+answers that they got. They are not chosen, so some of them fool CARSO.
 """
 
 TYPICAL = """
@@ -81,9 +87,16 @@ FAILED_ATTACK = (
 NORMS = {"linf": "L-infinity", "l2": "L2"}
 
 
-def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float, typical: Typical | None = None) -> str:
-    """Write the card of a system in Markdown, from its recipe, its measured cells (at least one), and which images are
-    typical.
+def model_card(
+    recipe: Recipe,
+    cells: Sequence[Cell],
+    *,
+    risk: float,
+    typical: Typical | None = None,
+    samples: Samples | None = None,
+) -> str:
+    """Write the card of a system in Markdown, from its recipe, its measured cells (at least one), which images are
+    typical, and the samples that it ships.
     """
     kinds = {cell.kind for cell in cells}
     sentences = [text for kind, text in EXPLANATIONS.items() if kind in kinds]
@@ -109,7 +122,12 @@ def model_card(recipe: Recipe, cells: Sequence[Cell], *, risk: float, typical: T
         explanation=" ".join(sentences),
         typical="" if typical is None else TYPICAL.format(table=typical_as_markdown(typical)),
         norms=f"The attacks are {' and '.join(norms)} attacks." if norms else "",
+        shipped="" if samples is None else _shipped(samples),
     )
+
+
+def _shipped(samples: Samples) -> str:
+    return SAMPLES.format(count=len({sample.index for sample in samples.images}), split=samples.split)
 
 
 def _hardened(hardening: Hardening) -> str:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from carso.bundle import Bundle, Cell, Recount, Threat, Typical, sealed
+from carso.bundle import Bundle, Cell, Recount, Threat, sealed
+from carso.samples import INDEX, SAMPLES, Samples
 
 from carso_training import durable
 from carso_training.errors import RunError
@@ -42,7 +44,7 @@ def record(folder: Path, found: Sequence[Figure]) -> tuple[Cell, ...]:
             raise RunError(f"{figure.file_name} is of {figure.measured.split} images; a bundle tells of test images.")
     others = [cell for cell in bundle.manifest.table if cell.threat.attack not in PROTOCOLS]
     table = (*(figure.cell for figure in chosen), *others)
-    rewrite(bundle, table=table, recounts=recounts, typical=bundle.manifest.typical)
+    rewrite(bundle, table=table, recounts=tuple(recounts))
     return table
 
 
@@ -75,23 +77,28 @@ def _recounts(found: Sequence[Figure], *, votes: str) -> list[Recount]:
     return recounts
 
 
-def rewrite(bundle: Bundle, *, table: Sequence[Cell], recounts: Sequence[Recount], typical: Typical | None) -> None:
+def rewrite(bundle: Bundle, *, samples: Mapping[str, bytes] | None = None, **measured: Any) -> None:
     """Write a bundle again, beside the old one and swapped, with what was measured in its manifest and model card.
 
-    The networks stay as they are. Raises RecipeError if the manifest holds no recipe of this release, and OSError.
+    `measured`: fields of the manifest, in place of the old ones. `samples`: the files of its samples by their names in
+    the bundle, in place of the old ones; None: they stay. The networks stay as they are. Raises RecipeError if the
+    manifest holds no recipe of this release, BundleError if the bundle would not load, and OSError.
     """
     folder = bundle.folder
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
     shutil.rmtree(part, ignore_errors=True)
     shutil.copytree(folder, part)
-    (part / CARD).write_text(model_card(recipe_of(bundle), table, risk=RISK, typical=typical))
-    fields = bundle.manifest.model_dump(mode="json", exclude={"schema_version", "files"})
-    measured = {
-        "table": [cell.model_dump() for cell in table],
-        "recounts": [recount.model_dump() for recount in recounts],
-        "typical": typical and typical.model_dump(),
-    }
-    sealed(part, fields | measured)
+    manifest = bundle.manifest.model_copy(update=measured)
+    shipped = bundle.samples
+    if samples is not None:
+        shipped = Samples.model_validate_json(samples[INDEX])
+        shutil.rmtree(part / SAMPLES, ignore_errors=True)
+        (part / SAMPLES).mkdir()
+        for name, content in samples.items():
+            (part / name).write_bytes(content)
+    card = model_card(recipe_of(bundle), manifest.table, risk=RISK, typical=manifest.typical, samples=shipped)
+    (part / CARD).write_text(card)
+    sealed(part, manifest.model_dump(mode="json", exclude={"schema_version", "files"}))
     Bundle.load(part)
     folder.replace(old)
     part.replace(folder)
