@@ -30,7 +30,7 @@ def recounts(*, clean: int = 0, attacked: int = 0) -> tuple[Recount, ...]:
         (recounts(clean=-6), CPU, True, "float32", "too much accuracy (-0.6 % clean"),
         (recounts(attacked=-6), CPU, True, "float32", "-0.6 % at eps 0.30"),
         (recounts(), CPU, False, "float32", "no 8-bit dot products"),
-        (recounts(), CUDA, True, "float32", "on the CPU only"),
+        (recounts(), CUDA, True, "float32", "unless tf32 is asked for"),
         (recounts()[:1], CPU, True, "float32", "no measurement of int8"),
         ((), CPU, True, "float32", "no measurement of int8"),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 from dataclasses import replace
@@ -11,10 +12,10 @@ import numpy as np
 import onnxruntime as ort
 import pytest
 from carso.bundle import Bundle
-from carso.choices import CPU, CUDA
+from carso.choices import CPU, CUDA, PRECISIONS
 from carso.inference import processors
 from carso.inference.processors import usable_cpus
-from carso.inference.sessions import DeviceError, Sessions
+from carso.inference.sessions import SCORE_TOLERANCE, VOTE_TOLERANCE, DeviceError, Sessions
 
 from tests.bundles import COLOUR, REFERENCE, SMALL, random_images, shared_bundle
 
@@ -117,7 +118,8 @@ KNOWN_ANSWERS = {
 
 @pytest.mark.parametrize("name", KNOWN_ANSWERS)
 def test_a_device_that_gives_other_answers_than_the_known_ones_is_refused(bundle, name):
-    with pytest.raises(DeviceError, match=rf"self-test of bundle .* failed on {CPU}") as e:
+    failed = rf"self-test of bundle .* failed on {CPU}: in float32, scores .*; in float32, .* of the votes differ"
+    with pytest.raises(DeviceError, match=failed) as e:
         Sessions(replace(bundle, self_test=KNOWN_ANSWERS[name](bundle.self_test)), device="cpu")
     assert str(bundle.folder) in str(e.value)
 
@@ -208,3 +210,35 @@ def test_affinity_bounds_a_larger_quota(monkeypatch, tmp_path):
 def test_int8_is_refused_by_name_where_the_bundle_has_no_such_graph(bundle):
     with pytest.raises(DeviceError, match=r"vote_int8\.onnx.*CARSO_PRECISION=float32"):
         Sessions(replace(bundle, vote_int8=None), device="cpu", precision="int8")
+
+
+def test_a_precision_that_the_device_cannot_do_is_refused_with_those_that_it_can(bundle):
+    can = r"cannot be cast in tf32 on CPUExecutionProvider: set CARSO_PRECISION to float32 or int8, or choose another"
+    with pytest.raises(DeviceError, match=can):
+        Sessions(bundle, device="cpu", precision="tf32")
+
+
+def test_every_precision_of_every_device_has_a_tolerance_of_its_own():
+    assert VOTE_TOLERANCE.keys() == {(device, each) for device, able in PRECISIONS.items() for each in able}
+    assert SCORE_TOLERANCE.keys() == PRECISIONS.keys()
+
+
+@pytest.mark.parametrize(("precision", "use_tf32"), [("float32", ["0", "0"]), ("tf32", ["0", "1"])])
+def test_cuda_is_told_which_products_may_be_rounded_and_those_of_first_passes_never_are(
+    bundle, monkeypatch, driver_but_no_cuda_libraries, precision, use_tf32
+):
+    told = []
+
+    class CallsItselfCuda(ort.InferenceSession):
+        def __init__(self, graph, options, providers):
+            ((_, cuda_options),) = providers
+            told.append(cuda_options["use_tf32"])
+            super().__init__(graph, options, providers=[CPU])
+
+        def get_providers(self):
+            return [CUDA]
+
+    monkeypatch.setattr(ort, "InferenceSession", CallsItselfCuda)
+    with contextlib.suppress(DeviceError):  # there is no memory of a GPU here
+        Sessions(bundle, device="cuda", precision=precision)
+    assert told == use_tf32

@@ -8,8 +8,8 @@ from pydantic import AfterValidator, WithJsonSchema
 
 PathName = Literal["fast", "robust"]  # fast: the first pass alone; robust: both passes and the vote
 Device = Literal["auto", "cuda", "cpu"]
-Precision = Literal["float32", "int8"]  # of the votes
-PrecisionAsked = Literal["auto", "float32", "int8"]
+Precision = Literal["float32", "tf32", "int8"]  # of the votes
+PrecisionAsked = Literal["auto", "float32", "tf32", "int8"]
 Evidence = Literal["full", "label"]  # how much of an answer callers see
 Checked = Literal["robust", "all", "off"]  # on which paths images are compared with what the purifier knows
 Untypical = Literal["mark", "refuse"]  # what happens to an image that is not like that
@@ -18,6 +18,7 @@ Fit = Literal["pad", "stretch"]  # how an image of other proportions is made to 
 # ONNX Runtime's execution providers
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"
+PRECISIONS: dict[str, tuple[Precision, ...]] = {CPU: ("float32", "int8"), CUDA: ("float32", "tf32")}  # of the votes
 
 MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 

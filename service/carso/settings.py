@@ -114,7 +114,8 @@ class Settings(BaseModel):
         default="auto",
         description="Precision of the votes. auto takes int8 on a CPU with 8-bit dot products, if the bundle's own "
         "measurements say that it costs no accuracy, and float32 otherwise. int8 works on the CPU only: it casts votes "
-        "faster, and a few in a thousand votes go to another class. First passes always use float32.",
+        "faster, and a few in a thousand votes go to another class. tf32 works on CUDA only: it rounds the operands of "
+        "products to 10 bits. First passes always use float32.",
     )
     threads: int | None = _inference(
         default=None,

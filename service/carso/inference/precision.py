@@ -28,7 +28,7 @@ def chosen(asked: PrecisionAsked, recounts: tuple[Recount, ...], *, provider: st
     if asked != "auto":
         return Choice(asked, "it was asked for")
     if provider != CPU:
-        return Choice("float32", "votes in int8 run on the CPU only")
+        return Choice("float32", "votes are cast in float32 on a GPU unless tf32 is asked for")
     if not multiplies_bytes():
         return Choice("float32", "this CPU has no 8-bit dot products, or does not tell")
     if {recount.threat.sees for recount in recounts} != {"nothing", "system"}:
