@@ -17,7 +17,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from carso.api import open_inference, openapi, operations
+from carso.api import docs, open_inference, openapi, operations
 from carso.api.answers import DeviceInfo, Info, Limits, bundle_info, bundle_name
 from carso.api.classification import Classification
 from carso.api.intake import Intake
@@ -115,6 +115,7 @@ def build(settings: Settings) -> Service:
         version=__version__,
         description=DESCRIPTION,
         lifespan=_lifespan(engine, lifecycle, pool, tracing, served=served),
+        docs_url=None,
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
         redirect_slashes=False,  # a redirect would repeat the Host that the client sent, and forget https
@@ -161,8 +162,10 @@ def build(settings: Settings) -> Service:
         for path in get_args(PathName)
     ]
     open_inference.add_to(app, models, probes)
+    docs.add_to(app)
+    keyless = PROBES | docs.PATHS
     # FastAPI's own way to do it
-    app.openapi = openapi.documented(app, keys=keys is not None, but=PROBES)  # type: ignore[method-assign]
+    app.openapi = openapi.documented(app, keys=keys is not None, but=keyless)  # type: ignore[method-assign]
     for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, refuse)
     app.add_middleware(
@@ -171,6 +174,7 @@ def build(settings: Settings) -> Service:
         bodies_bytes=settings.bodies_bytes,
         receive_timeout=settings.receive_timeout_s,
         keys=keys,
+        keyless=keyless,
         endpoints=[path for route in app.routes if (path := getattr(route, "path", None))],
         metrics=metrics,
         lifecycle=lifecycle,

@@ -203,7 +203,8 @@ class Settings(BaseModel):
         default=None,
         shown="none: callers need no key",
         description="File of API keys, a line `name: key` or `name: key rate=ROWS` for each, with a rate in rows of "
-        "work per second. Callers must send one of the keys; probes and metrics need none. SIGHUP reads it again.",
+        "work per second. Callers must send one of the keys; probes, metrics and /docs need none. SIGHUP reads it "
+        "again.",
     )
     allow_seed: bool = _security(
         default=True,

@@ -11,7 +11,7 @@ import logging
 import random
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -30,8 +30,6 @@ log = logging.getLogger(__name__)
 
 REQUEST_ID = re.compile(rb"[A-Za-z0-9._:-]{1,128}")
 TRACEPARENT = re.compile(rb"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-
-PAGES = frozenset(("/docs",))  # meant for browsers; it draws its scripts and styles from elsewhere
 
 # A body of at most so many bytes is not counted among those in flight. uvicorn reads as much of each unasked. And a
 # caller who fills the budget with large bodies, or announces them, does not block those who send one image.
@@ -56,12 +54,14 @@ class Envelope:
         bodies_bytes: int,
         receive_timeout: float,
         keys: ApiKeys | None,
+        keyless: Collection[str],
         endpoints: Iterable[str],
         metrics: Metrics,
         lifecycle: Lifecycle,
     ) -> None:
         """`bodies_bytes` bounds the bodies of all requests in flight; `receive_timeout` is in seconds, for one body.
-        Metrics name the paths in `endpoints` and count all others as one, or callers could invent labels.
+        The paths in `keyless` need no key. Metrics name the paths in `endpoints` and count all others as one, or
+        callers could invent labels.
         """
         self._app = app
         self._max_body_bytes = max_body_bytes
@@ -69,6 +69,7 @@ class Envelope:
         self._held = 0  # bytes of bodies
         self._receive_timeout = receive_timeout
         self._keys = keys
+        self._keyless = keyless
         self._endpoints = frozenset(endpoints)
         self._metrics = metrics
         self._lifecycle = lifecycle
@@ -86,9 +87,9 @@ class Envelope:
             scope = {**scope, "method": "GET"}
         exchange.attach(scope)
         path = without_prefix(scope)
-        send = _with_headers(send, exchange, path=path, closing=self._lifecycle.draining)
+        send = _with_headers(send, exchange, closing=self._lifecycle.draining)
         try:
-            if self._keys is not None and path not in PROBES:
+            if self._keys is not None and path not in self._keyless:
                 exchange.caller = self._keys.check(headers.get(b"authorization", b""))
                 if method == "POST":  # before the body is read, so that a caller who has used up its rate costs little
                     exchange.caller.check()
@@ -206,18 +207,22 @@ def _request_id(given: bytes) -> str:
     return given.decode() if REQUEST_ID.fullmatch(given) else f"{random.getrandbits(128):032x}"
 
 
-def _with_headers(send: Send, exchange: Exchange, *, path: str, closing: bool) -> Send:
-    """Return a `send` that adds the headers of every answer. `closing` asks the client for a new connection then."""
+def _with_headers(send: Send, exchange: Exchange, *, closing: bool) -> Send:
+    """Return a `send` that adds the headers of every answer. A page has a content security policy of its own.
+
+    `closing` asks the client for a new connection then.
+    """
 
     async def sender(message: Message) -> None:
         if message["type"] == "http.response.start":
             exchange.status = message["status"]
+            own = message.get("headers", ())
             added = [*_HEADERS, (b"x-request-id", exchange.request_id.encode())]
-            if path not in PAGES:
+            if all(name != _NO_CONTENT[0] for name, _ in own):
                 added.append(_NO_CONTENT)
             if closing:
                 added.append((b"connection", b"close"))
-            message["headers"] = [*message.get("headers", ()), *added]
+            message["headers"] = [*own, *added]
         await send(message)
 
     return sender
