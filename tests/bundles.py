@@ -131,6 +131,7 @@ def write_bundle(folder: Path, config: SystemConfig = SMALL, *, seed: int = 0, *
             "purifier": config.purifier.model_dump(mode="json"),
         },
         "table": [],
+        "disagreement": {"images": 100, "disagree": 20},
         "typical": TYPICAL if config.classifier.input_shape[0] == 1 else None,  # colour bundles cannot tell
     }
     sealed(folder, fields | manifest)

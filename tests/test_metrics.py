@@ -34,7 +34,9 @@ def test_the_table_lists_what_the_endpoint_shows_with_types_and_labels(client):
                 found[name] = (family.type, {label for sample in family.samples for label in sample.labels} - {"le"})
         return found
 
-    comes_to(lambda: shown() | GPU_METRICS | KEY_METRICS, documented())  # a request is counted when its answer is out
+    comes_to(
+        lambda: shown() | GPU_METRICS | KEY_METRICS | CGROUP_METRICS, documented()
+    )  # a request is counted when its answer is out
 
 
 GPU_METRICS = {
@@ -45,6 +47,15 @@ GPU_METRICS = {
 KEY_METRICS = {
     "carso_caller_requests_total": ("counter", {"caller", "status"}),
     "carso_caller_rows_total": ("counter", {"caller"}),
+    "carso_caller_attack_evidence": ("gauge", {"caller"}),
+}
+
+# where the kernel tells them
+CGROUP_METRICS = {
+    "carso_cgroup_cpu_periods_total": ("counter", set()),
+    "carso_cgroup_cpu_throttled_periods_total": ("counter", set()),
+    "carso_cgroup_memory_working_set_bytes": ("gauge", set()),
+    "carso_cgroup_memory_limit_bytes": ("gauge", set()),
 }
 
 

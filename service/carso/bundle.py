@@ -195,6 +195,24 @@ class Typical(_Strict):
         return excess <= self.excess and contrast >= self.contrast
 
 
+class Disagreement(_Strict):
+    """On how many clean validation images the fast path and the robust path give different labels."""
+
+    images: int = Field(gt=0)
+    disagree: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Disagreement:
+        if self.disagree > self.images:
+            raise ValueError(f"{self.disagree} of {self.images} images cannot disagree")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """In [0, 1]."""
+        return self.disagree / self.images
+
+
 class Manifest(_Strict):
     """What a bundle is."""
 
@@ -211,6 +229,7 @@ class Manifest(_Strict):
     table: tuple[Cell, ...]  # what was measured
     recounts: tuple[Recount, ...] = ()  # what int8 votes change, as far as it was measured
     typical: Typical | None = None  # None: this bundle cannot tell
+    disagreement: Disagreement | None = None  # None: not measured
     files: dict[FileName, Sha256]
 
     @model_validator(mode="after")

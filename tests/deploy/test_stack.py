@@ -22,7 +22,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = "carso-check"
 PATIENCE = 120  # seconds: test machines may be busy
 PERIOD = "15"  # seconds from one attack to the next
-NO_DATA_YET = ("carso_gpu_", "carso:disagreement:ratio_rate1d")  # there is no GPU, and no day before
+# There is no GPU, there are no keys, and not every machine has cgroups of version 2
+NO_DATA_YET = ("carso_gpu_", "carso_caller_", "carso_cgroup_", "carso:throttled:")
 
 pytestmark = pytest.mark.skipif(
     "DEPLOY_CPU_IMAGE" not in os.environ, reason="tests/deploy/run builds the images and runs this"
@@ -163,7 +164,7 @@ def test_what_scales_the_service_returns_data_under_load(stack: Stack) -> None:
 
 
 def test_no_alert_fires_that_this_load_does_not_deserve(stack: Stack) -> None:
-    deserved = {"CarsoDisagreementJump"}  # if it lasts: a part of the load is attacked
+    deserved = {"CarsoAttackEvidence", "CarsoDisagreement"}  # if it lasts: a part of the load is attacked
     deserved |= {"CarsoLatencyBudgetBurnsFast", "CarsoLatencyBudgetBurnsSlowly"}  # on a machine that is slow enough
     assert {series["metric"]["alertname"] for series in stack.ask('ALERTS{alertstate="firing"}')} <= deserved
 

@@ -30,6 +30,7 @@ from carso_training.errors import DeviceUnavailableError, RecipeError, RunError,
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness import plots
 from carso_training.robustness.blackbox import Service
+from carso_training.robustness.disagreement import disagreement_of
 from carso_training.robustness.effort import EFFORTS, EffortName
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of
 from carso_training.robustness.figures import Figure
@@ -283,6 +284,24 @@ def typical(
     if write:
         rewrite(bundle, typical=found)
     typer.echo(typical_as_markdown(found))
+
+
+@app.command()
+def disagreement(
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    *,
+    source: DataFolder = None,
+) -> None:
+    """Count the validation images on which the two paths disagree, and put that into the bundle's manifest.
+
+    The service's alerts compare traffic with this rate. `run` does this too.
+    """
+    bundle = Bundle.load(folder)
+    found = disagreement_of(
+        bundle, validation=images_of(bundle, "validation", given=source), seed=recipe_of(bundle).seed
+    )
+    rewrite(bundle, disagreement=found)
+    typer.echo(f"{folder}: the paths disagree on {found.disagree} of {found.images} validation images")
 
 
 @app.command()

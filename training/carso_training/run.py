@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from carso.bundle import FIRST_PASS, VOTE, Bundle, Cell, Typical, sealed
+from carso.bundle import FIRST_PASS, VOTE, Bundle, Cell, Disagreement, Typical, sealed
 from carso.version import __version__
 from lightning_fabric import Fabric
 from rich.console import Console
@@ -43,6 +43,7 @@ from carso_training.fitting.robust import train_robust
 from carso_training.networks import Classifier, Purifier, build_classifier, build_purifier
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.card import CARD, model_card
+from carso_training.robustness.disagreement import disagreement_of
 from carso_training.robustness.published import PUBLISHED_ACCURACIES, PUBLISHED_FOR, RISK, measure
 from carso_training.robustness.table import WIDTH, as_rich
 from carso_training.robustness.typical import typical_of
@@ -201,8 +202,9 @@ class Run:
             for table in as_rich(cells):
                 Console(width=WIDTH).print(table)
             typical = self.typical(Bundle.load(part))
+            disagreement = disagreement_of(Bundle.load(part), validation=self.validation, seed=self.recipe.seed)
             (part / CARD).write_text(model_card(self.recipe, cells, risk=RISK, typical=typical))
-            self._seal(part, cells=cells, typical=typical)
+            self._seal(part, cells=cells, typical=typical, disagreement=disagreement)
             part.replace(target)
             durable.sync_folder(target.parent)
         self.fabric.barrier()
@@ -286,7 +288,14 @@ class Run:
             ]
         return torch.cat(versions)
 
-    def _seal(self, folder: Path, *, cells: list[Cell], typical: Typical | None = None) -> None:
+    def _seal(
+        self,
+        folder: Path,
+        *,
+        cells: list[Cell],
+        typical: Typical | None = None,
+        disagreement: Disagreement | None = None,
+    ) -> None:
         sealed(
             folder,
             {
@@ -305,6 +314,7 @@ class Run:
                 "recipe": self.recipe.model_dump(mode="json"),
                 "table": [cell.model_dump() for cell in cells],
                 "typical": typical and typical.model_dump(),
+                "disagreement": disagreement and disagreement.model_dump(),
             },
         )
 

@@ -100,7 +100,8 @@ class Classification:
         predictions = answers.robust_predictions(result, plan, self._classes, self._bounds)
         agree = [prediction["agree"] for prediction in predictions]
         self._metrics.result("robust", result, decode=decode)
-        self._metrics.elections(result.outcomes, agree=agree)
+        caller = None if exchange.caller is None else exchange.caller.name
+        self._metrics.elections(result.outcomes, agree=agree, caller=caller)
         exchange.votes = sum(outcome.votes for outcome in result.outcomes)
         exchange.agree = sum(agree)
         timings = answers.robust_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)

@@ -18,10 +18,12 @@ from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
 
-from carso.bundle import Bundle
+from carso.bundle import Bundle, Disagreement
 from carso.choices import CUDA, Device, PathName, Precision
 from carso.inference.admission import Admission
 from carso.inference.jobs import Ending, Outcome, Result, Spared, Step
+from carso.telemetry.cgroup import Cgroup
+from carso.telemetry.evidence import Evidence, upper_bound
 from carso.telemetry.gpus import Gpus
 from carso.version import __version__
 
@@ -93,6 +95,10 @@ class Metrics:
             registry=registry,
         )
         self._agreement = {agree: agreement.labels(str(agree).lower()) for agree in (False, True)}
+        self._evidence: Evidence | None = None
+        self._caller_evidence: dict[str, Evidence] = {}
+        if bundle.manifest.disagreement is not None:
+            self._compare(bundle.manifest.disagreement)
         typical = Counter(
             "carso_typical_images",
             "Images by whether they are like those that the bundle knows; others get labels that mean little.",
@@ -114,6 +120,8 @@ class Metrics:
         build.labels(__version__, manifest.name, manifest.version, bundle.checksum, device, provider, precision).set(1)
         if provider == CUDA and (gpus := Gpus.find()):
             registry.register(gpus)
+        if cgroup := Cgroup.find():
+            registry.register(cgroup)
 
     def watch(
         self,
@@ -179,12 +187,18 @@ class Metrics:
         if path == "robust":
             stages[path, "vote"].observe(times.finished - times.first_pass_done)
 
-    def elections(self, outcomes: Iterable[Outcome], *, agree: Iterable[bool]) -> None:
-        """Observe the elections of a finished job, and whether each agrees with the fast path."""
+    def elections(self, outcomes: Iterable[Outcome], *, agree: Iterable[bool], caller: str | None) -> None:
+        """Observe the elections of a finished job, and whether each agrees with the fast path.
+
+        `caller`: the name of its key; None: the service asks for none.
+        """
+        mine = self._evidence_of(caller)
         for outcome, agrees in zip(outcomes, agree, strict=True):
             self._votes.observe(outcome.votes)
             self._elections[outcome.ending].inc()
             self._agreement[agrees].inc()
+            for evidence in mine:
+                evidence.add(not agrees)
 
     def typical(self, path: PathName, typical: Iterable[bool]) -> None:
         """Count images by whether they are typical."""
@@ -201,6 +215,43 @@ class Metrics:
             self._round_duration.observe(step.seconds)
         for reason, votes in step.spared.items():
             self._saved[reason].inc(votes)
+
+    def _compare(self, clean: Disagreement) -> None:
+        """Hold disagreement against the bundle's own from now on."""
+        self._bound = upper_bound(clean.disagree, clean.images)
+        rate = Gauge(
+            "carso_clean_disagreement_ratio",
+            "Share of clean validation images on which the bundle's paths disagree.",
+            registry=self._registry,
+        )
+        rate.set(clean.rate)
+        if self._bound < 1:
+            self._evidence = Evidence(self._bound)
+            total = Gauge(
+                "carso_attack_evidence",
+                "log10 of the evidence that the paths disagree more than on clean images; an alarm at 2.302.",
+                registry=self._registry,
+            )
+            total.set_function(partial(getattr, self._evidence, "log10"))
+            self._evidence_by_caller: Gauge | None = None
+
+    def _evidence_of(self, caller: str | None) -> list[Evidence]:
+        """Return what takes note of a caller's images: at most one more for each name in the files of keys."""
+        if self._evidence is None:
+            return []
+        if caller is None:
+            return [self._evidence]
+        if caller not in self._caller_evidence:
+            self._caller_evidence[caller] = mine = Evidence(self._bound)
+            if self._evidence_by_caller is None:  # without keys, there are no such series
+                self._evidence_by_caller = Gauge(
+                    "carso_caller_attack_evidence",
+                    "As carso_attack_evidence, of the images of one key.",
+                    ["caller"],
+                    registry=self._registry,
+                )
+            self._evidence_by_caller.labels(caller).set_function(partial(getattr, mine, "log10"))
+        return [self._evidence, self._caller_evidence[caller]]
 
     def _of_endpoint(self, endpoint: str, status: int) -> tuple[Counter, Histogram]:
         """Return the series themselves. They are kept: finding them by their labels takes longer than counting does."""
