@@ -13,7 +13,7 @@ from carso_training.datasets import dataset
 from carso_training.export import weights
 from carso_training.fitting.checkpoints import load_weights
 from carso_training.networks import build_classifier, build_purifier, classifier_config, purifier_config
-from carso_training.networks.conv import ConvClassifier
+from carso_training.networks.conv import ConvClassifier, SoftThresholds
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.system import system_of
 from carso_training.run import Run
@@ -55,6 +55,14 @@ def run(one_thread, tmp_path_factory) -> Run:
 def metrics(run: Run, stage: str) -> list[dict[str, str]]:
     with (run.folder.stage(stage) / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
+
+
+def test_a_white_pixel_keeps_its_gradient_in_bfloat16():
+    thresholds = SoftThresholds(channels=1, count=2).bfloat16()
+    torch.nn.init.constant_(thresholds.steepness, 20.0)  # training makes them steeper
+    images = torch.ones(1, 1, 4, 4, dtype=torch.bfloat16, requires_grad=True)
+    thresholds(images).sum().backward()
+    assert (images.grad > 0).all()
 
 
 @pytest.mark.slow

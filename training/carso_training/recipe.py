@@ -189,19 +189,20 @@ def _presets() -> dict[str, Recipe]:
         "hardening": Hardening(schedule=cycle.model_copy(update={"epochs": 24})),
     }
     adamw = {"batch_size": 512, "warmup": 0.15, "averaging": 0.998, "optimizer": "adamw"}
-    strong = ((0.20, 0.15), (0.40, 0.85))
+    muon = adamw | {"peak_lr": 3e-3, "optimizer": "muon"}
+    strong = ((0.20, 0.15), (0.36, 0.85))
     conv = {
         "name": "mnist-conv",
         "validation_images": 3000,
-        "classifier": {"network": "conv"},
-        "purifier": {"network": "conv"},
-        "undefended": Schedule(epochs=5, peak_lr=2e-3, **adamw),
-        "adversarial": Schedule(epochs=24, peak_lr=2e-3, weight_decay=5e-4, **adamw),
-        "robust_training": RobustTraining(eps=strong),
+        "classifier": {"network": "conv", "channels": (48, 64), "hidden": 112},
+        "purifier": {"network": "conv", "code_encoder": (64, 64), "channels": (32, 32)},
+        "undefended": Schedule(epochs=3, peak_lr=2e-3, **adamw),
+        "adversarial": Schedule(epochs=16, weight_decay=5e-4, **muon),
+        "robust_training": RobustTraining(eps=strong, rise=0.2),
         "foreseen": {CLEAN.name: 1.0, "fgsm-0.30": 1.0},  # of the purifier's first training, which hardening follows
-        "purification": Schedule(epochs=6, peak_lr=2e-3, **adamw),
+        "purification": Schedule(epochs=4, peak_lr=2e-3, **adamw),
         "hardening": Hardening(
-            schedule=Schedule(epochs=8, peak_lr=2e-3, weight_decay=1e-4, **adamw), eps=strong, train_first_pass=False
+            schedule=Schedule(epochs=7, weight_decay=1e-4, **muon), eps=strong, train_first_pass=False
         ),
     }
     quick = {

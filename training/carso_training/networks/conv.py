@@ -96,7 +96,10 @@ class SoftThresholds(nn.Module):
         self.count = count
 
     def forward(self, images: Tensor) -> Tensor:
-        return torch.sigmoid(self.steepness * (images.repeat_interleave(self.count, dim=1) - self.centres))
+        # In float32, whatever the network is in. In bfloat16 a white pixel would come out as exactly 1, with a gradient
+        # of exactly 0, and no attack in training would ever darken it.
+        above = images.repeat_interleave(self.count, dim=1).float() - self.centres.float()
+        return torch.sigmoid(self.steepness.float() * above).to(images.dtype)
 
 
 class ConvClassifier(Classifier):
