@@ -35,7 +35,7 @@ def test_the_table_lists_what_the_endpoint_shows_with_types_and_labels(client):
         return found
 
     comes_to(
-        lambda: shown() | GPU_METRICS | KEY_METRICS | CGROUP_METRICS, documented()
+        lambda: shown() | GPU_METRICS | KEY_METRICS | CGROUP_METRICS | CANARY_METRICS, documented()
     )  # a request is counted when its answer is out
 
 
@@ -49,6 +49,9 @@ KEY_METRICS = {
     "carso_caller_rows_total": ("counter", {"caller"}),
     "carso_caller_attack_evidence": ("gauge", {"caller"}),
 }
+
+# where the bundle has samples
+CANARY_METRICS = {"carso_canary_correct_ratio": ("gauge", set())}
 
 # where the kernel tells them
 CGROUP_METRICS = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import atexit
 import logging
 import os
@@ -23,7 +24,7 @@ from carso.api.classification import Classification
 from carso.api.intake import Intake
 from carso.api.native import Native
 from carso.api.open_inference import Model
-from carso.bundle import Bundle
+from carso.bundle import Bundle, BundleError
 from carso.choices import Checked, PathName
 from carso.errors import RequestError
 from carso.http.envelope import Envelope, unread
@@ -33,12 +34,14 @@ from carso.http.server import Service
 from carso.images.media_types import MEDIA_TYPES
 from carso.images.reader import Reader
 from carso.inference.admission import QueueFull
+from carso.inference.canary import Canary
 from carso.inference.engine import Engine, EngineError
 from carso.inference.pipeline import Pipeline
 from carso.inference.processors import give_way
 from carso.inference.runtime import check_runtime
 from carso.inference.sessions import Sessions
 from carso.options import FastOptions, robust_options
+from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
 from carso.telemetry.metrics import Metrics
 from carso.telemetry.probes import PROBES, Lifecycle, Probes
@@ -108,13 +111,16 @@ def build(settings: Settings) -> Service:
     lifecycle = Lifecycle()
     probes = Probes(engine, lifecycle, watchdog=settings.watchdog_s)
     metrics.watch(admission=engine.admission, in_flight=engine.in_flight_on, is_ready=lambda: probes.is_ready)
+    canary = _canary(bundle, engine, every=settings.canary_s)
+    if canary is not None:
+        metrics.watch_canary(lambda: canary.ratio)
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="carso-decode")
     served: dict[str, object] = {"bundle": bundle_name(bundle), "provider": provider}
     app = FastAPI(
         title="CARSO",
         version=__version__,
         description=DESCRIPTION,
-        lifespan=_lifespan(engine, lifecycle, pool, tracing, served=served),
+        lifespan=_lifespan(engine, canary, lifecycle, pool, tracing, served=served),
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
@@ -204,8 +210,25 @@ def _sessions(bundle: Bundle, settings: Settings) -> Sessions:
         ).result()
 
 
+def _canary(bundle: Bundle, engine: Engine, *, every: float) -> Canary | None:
+    """Return what watches the bundle's samples. None: there are none, or `every` is 0. Raises BundleError."""
+    if bundle.samples is None or not every:
+        return None
+    _, height, width = bundle.manifest.input.shape
+    reader = Reader(bundle.manifest.input, max_images=1, max_pixels=height * width)
+    images = []
+    for sample in bundle.samples.images:
+        try:
+            images.append((sample, reader.read([bundle.sample_files[sample.file]])[0]))
+        except RequestError as e:
+            path = bundle.folder / SAMPLES / sample.file
+            raise BundleError(f"{path} cannot be classified: {e}. Make it again with: carso-train samples") from None
+    return Canary(engine, images, votes=bundle.manifest.samples, risk=bundle.samples.risk, every=every)
+
+
 def _lifespan(
     engine: Engine,
+    canary: Canary | None,
     lifecycle: Lifecycle,
     pool: ThreadPoolExecutor,
     tracing: Tracing | None,
@@ -233,8 +256,11 @@ def _lifespan(
                 "request's headers is not limited, and the body of a request that offers an upgrade may be lost"
             )
         engine.start()
+        watching = None if canary is None else asyncio.create_task(canary.run())
         log.info("ready", extra={"fields": {"version": __version__, **served}})
         yield
+        if watching is not None:
+            watching.cancel()
         await engine.stop()
         pool.shutdown(wait=False, cancel_futures=True)
         if tracing:

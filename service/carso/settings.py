@@ -199,6 +199,13 @@ class Settings(BaseModel):
         le=3600,
         description="Seconds without a step of the engine, while it has work, after which liveness and readiness fail.",
     )
+    canary_s: float = _stop(
+        default=10,
+        ge=0,
+        le=86_400,
+        description="Seconds between two samples of the bundle that the engine classifies while it is idle, to see "
+        "whether its answers are still right. 0 turns this off, and so does a bundle without samples.",
+    )
     api_keys_file: FilePath | None = _security(
         default=None,
         shown="none: callers need no key",

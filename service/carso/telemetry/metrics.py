@@ -152,6 +152,15 @@ class Metrics:
             pace.labels(path).set_function(partial(getattr, owed, "pace"))
             jobs.labels(path).set_function(partial(in_flight, path))
 
+    def watch_canary(self, ratio: Callable[[], float]) -> None:
+        """Show at every scrape how many of the bundle's own samples are answered rightly."""
+        gauge = Gauge(
+            "carso_canary_correct_ratio",
+            "Share of the bundle's samples, once answered rightly, that still are; NaN before the first.",
+            registry=self._registry,
+        )
+        gauge.set_function(ratio)
+
     def refusal(self, error: str) -> None:
         """Count an error by its name, of which there are as many as classes in carso.errors."""
         self._refusals.labels(error).inc()

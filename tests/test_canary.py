@@ -1,0 +1,115 @@
+"""The canary: the samples of the bundle that ships, asked of the service that ships."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from carso.bundle import Bundle, BundleError
+from carso.images.reader import Reader
+from carso.inference.canary import Canary
+from carso.inference.engine import Engine
+from carso.inference.jobs import Job, VotePlan
+from carso.inference.pipeline import Pipeline
+from carso.inference.sessions import Sessions
+from prometheus_client.parser import text_string_to_metric_families
+
+from tests.bundles import copy_of
+from tests.server import serving
+from tests.test_bundle import reseal
+from tests.waiting import comes_to
+
+SHIPPED = Path(__file__).parents[1] / "models" / "mnist-fcn"
+TIMEOUT = 60.0  # seconds: nothing may hang
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    return Bundle.load(SHIPPED)
+
+
+@pytest.fixture
+async def engine(bundle):
+    sessions = Sessions(bundle, device="cpu", threads=1)
+    engine = Engine(Pipeline(sessions, latent=bundle.manifest.latent, classes=10, round_rows=128))
+    engine.start()
+    yield engine
+    await asyncio.wait_for(engine.stop(), TIMEOUT)
+
+
+def images(bundle: Bundle) -> list:
+    reader = Reader(bundle.manifest.input, max_images=1, max_pixels=784)
+    return [(sample, reader.read([bundle.sample_files[sample.file]])[0]) for sample in bundle.samples.images]
+
+
+def canary(engine: Engine, bundle: Bundle, samples: list) -> Canary:
+    return Canary(engine, samples, votes=bundle.manifest.samples, risk=bundle.samples.risk, every=0)
+
+
+async def test_every_sample_that_was_right_when_it_was_made_is_right_again(engine, bundle):
+    watching = canary(engine, bundle, images(bundle))
+    right = watching._samples
+    assert all(sample.robust_right for sample, _ in right) and len(right) < len(bundle.samples.images)
+    assert math.isnan(watching.ratio)
+    for sample, image in right[::7]:
+        await asyncio.wait_for(watching.ask(sample, image), TIMEOUT)
+    assert watching.ratio == 1
+
+
+async def test_a_wrong_answer_shows_in_the_ratio_and_once_in_the_log_until_it_is_right_again(engine, bundle, caplog):
+    first, second = [(sample, image) for sample, image in images(bundle) if sample.kind == "none"][:2]
+    watching = canary(engine, bundle, [first, second])
+    await asyncio.wait_for(watching.ask(*first), TIMEOUT)
+    for _ in range(2):  # the image of another class: as if the weights had changed
+        await asyncio.wait_for(watching.ask(second[0], first[1]), TIMEOUT)
+    assert watching.ratio == 0.5
+    assert caplog.text.count("is answered") == 1
+    assert f"the canary sample {second[0].file} is a {second[0].label}" in caplog.text
+    await asyncio.wait_for(watching.ask(*second), TIMEOUT)
+    assert watching.ratio == 1
+
+
+async def test_the_canary_waits_while_the_engine_has_work_and_ends_with_it(engine, bundle):
+    watching = canary(engine, bundle, images(bundle)[:1])
+    endless = asyncio.create_task(
+        engine.run(Job(np.zeros((1, 1, 28, 28), np.float32), VotePlan(samples=2**60, risk=0)))
+    )
+    await asyncio.sleep(0)
+    running = asyncio.create_task(watching.run())
+    for _ in range(100):
+        await asyncio.sleep(0)
+    assert math.isnan(watching.ratio)
+    endless.cancel()
+    async with asyncio.timeout(TIMEOUT):
+        while math.isnan(watching.ratio):
+            await asyncio.sleep(0.01)
+        await engine.stop()
+        await running
+
+
+def test_the_service_shows_the_ratio_and_does_not_count_the_samples_as_answers(tmp_path):
+    def told() -> dict[str, float]:
+        families = text_string_to_metric_families(server.metrics())
+        return {sample.name: sample.value for family in families for sample in family.samples}
+
+    with serving(SHIPPED, tmp_path / "log", canary_s=0.01) as server:
+        comes_to(lambda: told()["carso_canary_correct_ratio"], 1.0)
+        found = told()
+        assert found["carso_first_pass_images_total"] >= 1
+        assert found["carso_votes_per_image_count"] == 0
+    with serving(SHIPPED, tmp_path / "log", canary_s=0) as server:
+        assert "carso_canary_correct_ratio" not in told()
+
+
+def test_a_sample_that_is_no_image_of_the_bundle_ends_the_start(tmp_path):
+    from carso.app import build
+    from carso.settings import Settings
+
+    folder = copy_of(SHIPPED, tmp_path / "bundle")
+    (folder / "samples/00000-clean.png").write_bytes(b"no image")
+    reseal(folder)
+    with pytest.raises(BundleError, match=r"00000-clean\.png cannot be classified: .*carso-train samples"):
+        build(Settings(bundle=folder, device="cpu", threads=1))
