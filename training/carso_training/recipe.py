@@ -201,8 +201,11 @@ def _presets() -> dict[str, Recipe]:
         "robust_training": RobustTraining(eps=strong, rise=0.2),
         "foreseen": {CLEAN.name: 1.0, "fgsm-0.30": 1.0},  # of the purifier's first training, which hardening follows
         "purification": Schedule(epochs=4, peak_lr=2e-3, **adamw),
+        # A longer average would mix the weights of several epochs, and in seven epochs these move too far for that
         "hardening": Hardening(
-            schedule=Schedule(epochs=7, weight_decay=1e-4, **muon), eps=strong, train_first_pass=False
+            schedule=Schedule(epochs=7, weight_decay=1e-4, **muon | {"averaging": 0.95}),
+            eps=strong,
+            train_first_pass=False,
         ),
     }
     quick = {
