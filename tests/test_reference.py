@@ -79,11 +79,12 @@ def test_the_shipped_recipe_is_the_preset_and_its_table_has_all_that_was_publish
 
 @pytest.mark.parametrize("folder", sorted(FOLDER.parent.iterdir()), ids=lambda folder: folder.name)
 def test_a_bundles_recipe_is_the_preset_of_its_name_and_its_card_is_written_from_what_it_says(folder: Path) -> None:
-    manifest = Bundle.load(folder).manifest
+    bundle = Bundle.load(folder)
+    manifest = bundle.manifest
     recipe = Recipe.model_validate(manifest.recipe)
     assert recipe == PRESETS[folder.name]
     assert (folder / "MODEL_CARD.md").read_text() == model_card(
-        recipe, manifest.table, risk=RISK, typical=manifest.typical
+        recipe, manifest.table, risk=RISK, typical=manifest.typical, samples=bundle.samples
     )
 
 

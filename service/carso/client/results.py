@@ -136,6 +136,7 @@ class DeviceInfo(_Value):
     asked: str
     provider: str
     precision: str  # of the votes
+    precision_asked: str | None = None  # "auto": the service chose
     precision_because: str | None = None  # why they have it
 
 
