@@ -39,7 +39,7 @@ def chosen(asked: PrecisionAsked, recounts: tuple[Recount, ...], *, provider: st
     )
     if min(map(_gain, recounts)) < -WORSE:
         return Choice("float32", f"int8 costs this bundle too much accuracy ({measured})")
-    return Choice("int8", f"this CPU has 8-bit dot products, and int8 costs this bundle next to nothing ({measured})")
+    return Choice("int8", f"this CPU has 8-bit dot products, and int8 costs this bundle no accuracy ({measured})")
 
 
 def _gain(recount: Recount) -> float:
