@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import io
+import os
 import pickle
 import subprocess
 import sys
@@ -41,6 +42,7 @@ from tests.calls import BATCH, COLOUR_PNG, ENDLESS, FEW, PIXELS, PNG, VALUES, in
 from tests.pictures import encoded
 from tests.scripted import DRIP, LABEL_ONLY, Reply, refusal, scripted
 from tests.server import serving, silent_port, url_of
+from tests.socks import HOST_UNREACHABLE, socks_proxy
 from tests.waiting import PATIENCE, comes_to
 
 Calls = Callable[..., Any]
@@ -346,7 +348,7 @@ def test_no_proxy_is_read_as_curl_reads_it(monkeypatch, exceptions, url, direct)
 @pytest.mark.parametrize(
     ("variable", "value", "url", "part"),
     [
-        ("ALL_PROXY", "socks5://proxy.test:1080", SERVICE, r"httpx\[socks\]"),
+        ("ALL_PROXY", "socks4://proxy.test:1080", SERVICE, "begins with one of"),
         ("HTTP_PROXY", "ftp://user:secret@proxy.test", SERVICE, "begins with one of"),
         ("HTTPS_PROXY", "http://proxy:port", "https://vision.example", "not the URL of a proxy"),
         ("https_proxy", "http://", "https://vision.example", "has a host"),
@@ -356,7 +358,6 @@ def test_no_proxy_is_read_as_curl_reads_it(monkeypatch, exceptions, url, direct)
     ],
 )
 def test_a_variable_that_cannot_be_used_is_named(connect, monkeypatch, variable, value, url, part):
-    monkeypatch.setitem(sys.modules, "socksio", None)
     monkeypatch.setenv(variable, value)
     with pytest.raises(UnusableVariable, match=part) as caught:
         connect(url)
@@ -383,6 +384,61 @@ def test_errors_name_the_proxy_but_not_its_password(connect, monkeypatch):
         monkeypatch.setenv("HTTP_PROXY", proxy.url)
         with connect(SERVICE) as client, pytest.raises(RequestRefused, match="through the proxy"):
             client.classify(PNG)
+
+
+@pytest.mark.parametrize("scheme", ["socks5", "socks5h"])
+@pytest.mark.parametrize("password", [None, "secret"])
+def test_a_service_is_reached_through_a_socks_proxy_which_resolves_its_name(
+    connect, monkeypatch, server, scheme, password
+):
+    with socks_proxy(server.url, password=password) as proxy:
+        user = f"me:{password}@" if password else ""
+        monkeypatch.setenv("ALL_PROXY", f"{scheme}://{user}127.0.0.1:{proxy.port}")
+        with connect(SERVICE) as client:
+            assert client.ready()
+            assert len(client.classify(VALUES).predictions) == len(VALUES)
+    assert set(proxy.asked) == {("vision.example", 80)}
+    assert set(proxy.users) == ({("me", password)} if password else set())
+
+
+ASK_BOTH = """
+import asyncio, sys
+from carso import AsyncClient, Client, Unavailable
+
+try:
+    Client(sys.argv[1], retries=0).info()
+except Unavailable as e:
+    print(e)
+try:
+    asyncio.run(AsyncClient(sys.argv[1], retries=0).info())
+except Unavailable as e:
+    print(e)
+"""
+
+
+@pytest.mark.parametrize(
+    ("proxy_is", "part"),
+    [
+        ({"password": "other"}, "Invalid username/password"),
+        ({"password": "secret", "reply": HOST_UNREACHABLE}, "Host unreachable"),
+        ({}, "Requested USERNAME/PASSWORD"),
+        ({"instead": b"HTTP/1.1 400 Bad Request\r\n\r\n"}, "does not speak SOCKS5"),
+        ({"instead": b""}, "does not speak SOCKS5"),
+    ],
+    ids=["wrong password", "host unreachable", "no password wanted", "an HTTP server", "hangs up"],
+)
+def test_what_a_socks_proxy_refuses_is_an_error_that_names_the_proxy(server, proxy_is, part):
+    # In a process of its own: httpcore leaves the socket of a failed handshake to the garbage collector, which warns.
+    with socks_proxy(server.url, **proxy_is) as proxy:
+        variables = os.environ | {"ALL_PROXY": f"socks5://me:secret@127.0.0.1:{proxy.port}"}
+        program = [sys.executable, "-c", ASK_BOTH, SERVICE]
+        done = subprocess.run(program, env=variables, capture_output=True, text=True, check=True)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2
+    for line in lines:
+        assert part in line
+        assert f"through the proxy socks5://127.0.0.1:{proxy.port}, which ALL_PROXY names" in line
+        assert "secret" not in line
 
 
 def test_a_netrc_file_does_not_replace_the_key(connect, monkeypatch, tmp_path):

@@ -12,6 +12,7 @@ from types import TracebackType
 from typing import Self, TypedDict
 
 import httpx
+from socksio.exceptions import ProtocolError
 
 from carso.choices import Fit
 from carso.client import DEFAULT_URL
@@ -225,6 +226,8 @@ class Client(_Calls):
                 outcome = self._http.send(request)
             except httpx.RequestError as e:
                 outcome = e
+            except ProtocolError:  # which httpx does not turn into an error of its own
+                outcome = httpx.ProxyError("the proxy does not speak SOCKS5", request=request)
             verdict = call.judge(outcome)
             if not isinstance(verdict, float):
                 return verdict
@@ -348,6 +351,8 @@ class AsyncClient(_Calls):
                     outcome = await self._http.send(request)
             except httpx.RequestError as e:
                 outcome = e
+            except ProtocolError:  # which httpx does not turn into an error of its own
+                outcome = httpx.ProxyError("the proxy does not speak SOCKS5", request=request)
             except TimeoutError:
                 outcome = httpx.ReadTimeout("the deadline has passed", request=request)
             verdict = call.judge(outcome)

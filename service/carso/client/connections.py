@@ -12,7 +12,6 @@ import re
 import ssl
 from contextlib import suppress
 from dataclasses import dataclass
-from importlib.util import find_spec
 from ipaddress import IPv4Address, IPv6Address, ip_address, ip_network
 from pathlib import Path
 from urllib.request import getproxies
@@ -73,11 +72,6 @@ def _checked_proxy(variable: str, value: str) -> httpx.URL:
         raise UnusableVariable(
             f"{variable} names a proxy {proxy.scheme}://{proxy.host}, and a proxy's URL begins with one of "
             f"{', '.join(_SCHEMES)} and has a host: mend it, or unset it"
-        )
-    if proxy.scheme.startswith("socks") and find_spec("socksio") is None:
-        raise UnusableVariable(
-            f"{variable} names the proxy {proxy.scheme}://{proxy.host}, and SOCKS needs a package more: "
-            "pip install 'httpx[socks]', or unset it"
         )
     return proxy
 
