@@ -13,7 +13,8 @@ from carso_training.datasets import dataset
 from carso_training.export import weights
 from carso_training.fitting.checkpoints import load_weights
 from carso_training.networks import build_classifier, build_purifier, classifier_config, purifier_config
-from carso_training.networks.conv import ConvClassifier, SoftThresholds
+from carso_training.networks.conv import ConvClassifier
+from carso_training.networks.layers import SoftThresholds
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.system import system_of
 from carso_training.run import Run

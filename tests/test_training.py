@@ -454,6 +454,16 @@ def test_a_folder_of_another_recipe_is_refused_by_name(tiny: Path, tiny_run: Pat
     assert "it differs in seed" in said.one_line and "--folder" in said.one_line
 
 
+def test_a_folder_of_a_release_whose_recipes_had_fewer_fields_is_still_the_same_recipes(
+    tiny: Path, damaged: Path
+) -> None:
+    path = damaged / "recipe.json"
+    earlier = json.loads(path.read_bytes())
+    del earlier["certified_training"]
+    path.write_text(json.dumps(earlier))
+    assert carso_train("evaluate", tiny, "--folder", damaged, "--split", "test").status == 0
+
+
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     said = carso_train("run", tiny, "--folder", tmp_path / "file" / "run")

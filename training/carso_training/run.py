@@ -16,6 +16,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import torch
 from carso.bundle import FIRST_PASS, VOTE, Bundle, Cell, Disagreement, Typical, sealed
 from carso.version import __version__
 from lightning_fabric import Fabric
+from pydantic import ValidationError
 from rich.console import Console
 from torch import Tensor
 
@@ -34,6 +36,7 @@ from carso_training.attacks.model import attacked_in_eval_mode
 from carso_training.datasets.examples import Examples
 from carso_training.errors import RecipeError, RunError
 from carso_training.export.files import export
+from carso_training.fitting.certified import train_certified
 from carso_training.fitting.checkpoints import load_weights
 from carso_training.fitting.classifier import train_adversarial, train_undefended
 from carso_training.fitting.hardened import Hardened, harden
@@ -120,6 +123,9 @@ class RunFolder:
                 f"{self._recipe_file} is damaged ({e}). If the folder belongs to the recipe {self.recipe.name}, remove "
                 "this file, then run the same command again"
             ) from None
+        # An earlier release wrote fewer fields: new ones then had their defaults. What is no recipe stays as it is
+        with suppress(ValidationError):
+            theirs = Recipe.model_validate(theirs).model_dump(mode="json")
         if theirs != mine:
             differing = sorted(key for key in mine.keys() | theirs.keys() if mine.get(key) != theirs.get(key))
             raise RunError(
@@ -167,7 +173,7 @@ class Run:
         images = {"train": self.training, "held_out": self.validation}
         trainers: dict[Stage, Callable[..., Classifier]] = {
             "undefended": train_undefended,
-            "adversarial": train_adversarial if self.recipe.robust_training is None else train_robust,
+            "adversarial": self._adversarial_trainer(),
         }
         for stage, train in trainers.items():
             if not self.folder.weights(stage).exists():
@@ -249,6 +255,11 @@ class Run:
         )
         kept.write({"typical": typical.model_dump()})
         return typical
+
+    def _adversarial_trainer(self) -> Callable[..., Classifier]:
+        if self.recipe.certified_training is not None:
+            return train_certified
+        return train_adversarial if self.recipe.robust_training is None else train_robust
 
     def _trained(self) -> Trained:
         undefended, classifier, purifier = (

@@ -20,7 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from carso_training import durable
 from carso_training.errors import RunError, TrainingError
 from carso_training.fitting.checkpoints import Checkpoints, load_weights, save_weights
-from carso_training.fitting.optimizers import one_cycle, optimizers_of
+from carso_training.fitting.optimizers import optimizers_of, rate_of
 from carso_training.recipe import Schedule
 
 WEIGHTS = "weights.safetensors"
@@ -69,7 +69,7 @@ def fit(
         fabric.to_device(model), multi_avg_fn=get_ema_multi_avg_fn(schedule.averaging), use_buffers=True
     )
     trained, *optimizers = fabric.setup(model, *optimizers_of(model, schedule))
-    rates = [one_cycle(optimizer, schedule, steps=schedule.epochs * steps) for optimizer in optimizers]
+    rates = [rate_of(optimizer, schedule, steps=schedule.epochs * steps) for optimizer in optimizers]
     first_epoch = 0
     if (state := checkpoints.load(fabric.device)) is not None:
         if state["schedule"] != schedule.model_dump():

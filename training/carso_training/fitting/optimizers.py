@@ -1,4 +1,4 @@
-"""The optimizers that a schedule may name, each with its one-cycle learning rate."""
+"""The optimizers that a schedule may name, each with its learning rate."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from carso_training.recipe import Schedule
+
+FALLS, FALL = (0.70, 0.85), 0.2  # the shares of a training at which a rate in steps falls, and to how much of itself
 
 
 def optimizers_of(model: nn.Module, schedule: Schedule) -> list[Optimizer]:
@@ -27,8 +29,11 @@ def optimizers_of(model: nn.Module, schedule: Schedule) -> list[Optimizer]:
     return [*muon, *([torch.optim.AdamW(others, **settings)] if others else [])]
 
 
-def one_cycle(optimizer: Optimizer, schedule: Schedule, *, steps: int) -> LRScheduler:
+def rate_of(optimizer: Optimizer, schedule: Schedule, *, steps: int) -> LRScheduler:
     """Return the learning rate of an optimizer over all `steps` of a training."""
+    if schedule.rate == "steps":
+        falls = [int(share * steps) for share in FALLS]
+        return torch.optim.lr_scheduler.MultiStepLR(optimizer, milestones=falls, gamma=FALL)
     return torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=schedule.peak_lr, total_steps=steps, pct_start=schedule.warmup, cycle_momentum=False
     )

@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from carso_training.networks.interface import (
@@ -26,10 +26,9 @@ from carso_training.networks.interface import (
     PurifierArchitecture,
     PurifierConfig,
 )
+from carso_training.networks.layers import SoftThresholds, Standardise
 
 STRIDES = 4  # two layers of stride 2: sides must be multiples of it
-THRESHOLDS = (0.35, 0.65)  # the centres at the start lie evenly in this range,
-STEEPNESS = 12.0  # with this factor inside the sigmoid
 
 
 def _sides(shape: tuple[int, int, int]) -> tuple[int, int]:
@@ -43,8 +42,11 @@ def _sides(shape: tuple[int, int, int]) -> tuple[int, int]:
 class ConvClassifierConfig(ClassifierConfig):
     """The sizes of the classifier."""
 
+    trains_for_bounds = True
+
     network: Literal["conv"] = "conv"
     thresholds: int = Field(default=2, ge=0)  # per pixel and channel; 0: images are standardised instead
+    steepness: PositiveFloat = 12.0  # of the thresholds, at the start
     channels: tuple[PositiveInt, PositiveInt] = (32, 64)
     hidden: PositiveInt = 256
 
@@ -85,23 +87,6 @@ class ConvPurifierConfig(PurifierConfig):
         return self
 
 
-class SoftThresholds(nn.Module):
-    """Images [B, C, H, W] in [0, 1] -> [B, C * count, H, W] in (0, 1)."""
-
-    def __init__(self, channels: int, count: int) -> None:
-        super().__init__()
-        centres = torch.linspace(*THRESHOLDS, count + 2)[1:-1].repeat(channels)
-        self.centres = nn.Parameter(centres.view(1, -1, 1, 1))
-        self.steepness = nn.Parameter(torch.full((1, channels * count, 1, 1), STEEPNESS))
-        self.count = count
-
-    def forward(self, images: Tensor) -> Tensor:
-        # In float32, whatever the network is in. In bfloat16 a white pixel would come out as exactly 1, with a gradient
-        # of exactly 0, and no attack in training would ever darken it.
-        above = images.repeat_interleave(self.count, dim=1).float() - self.centres.float()
-        return torch.sigmoid(self.steepness.float() * above).to(images.dtype)
-
-
 class ConvClassifier(Classifier):
     """Soft thresholds; two 4x4 convolutions of stride 2, each with a ReLU; Linear, ReLU; Linear, log-softmax."""
 
@@ -109,7 +94,9 @@ class ConvClassifier(Classifier):
         super().__init__()
         self.config: ConvClassifierConfig = config
         channels, (first, second) = config.input_shape[0], config.channels
-        self.thresholds = SoftThresholds(channels, config.thresholds) if config.thresholds else None
+        self.thresholds = (
+            SoftThresholds(channels, config.thresholds, steepness=config.steepness) if config.thresholds else None
+        )
         self.first = nn.Conv2d(channels * max(config.thresholds, 1), first, 4, stride=2, padding=1)
         self.second = nn.Conv2d(first, second, 4, stride=2, padding=1)
         self.hidden = nn.Linear(config.features, config.hidden)
@@ -123,6 +110,12 @@ class ConvClassifier(Classifier):
         hidden = F.relu(self.hidden(features))
         scores = self.last(hidden)
         return ClassifierOutput(F.log_softmax(scores, dim=1), torch.cat([features, hidden, scores], dim=1))
+
+    def chain(self) -> list[nn.Module]:
+        """Return the layers from images to scores, one after another; they share their weights with this network."""
+        begin = self.thresholds or Standardise(mean=self.config.mean, std=self.config.std)
+        convolutions = [self.first, nn.ReLU(), self.second, nn.ReLU(), nn.Flatten()]
+        return [begin, *convolutions, self.hidden, nn.ReLU(), self.last]
 
 
 class ConvPurifier(Purifier):

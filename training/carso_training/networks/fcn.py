@@ -91,6 +91,10 @@ class FcnClassifier(Classifier):
             [*self.hidden, self.last], list(self.norms), mean=self.config.mean, std=self.config.std
         )
 
+    def chain(self) -> list[nn.Module]:
+        """Return the folded layers from images to scores, one after another; their weights are copies."""
+        return self.folded().chain()
+
 
 class FcnPurifier(Purifier):
     """Each hidden layer of encoders and decoder is Linear, LeakyReLU, BatchNorm."""

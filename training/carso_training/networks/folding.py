@@ -11,6 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from carso_training.networks.layers import Mish
+
 
 def fold(norm: nn.BatchNorm1d, linear: nn.Linear) -> nn.Linear:
     """Return the one Linear that equals `linear` after `norm` in eval mode. It is computed in float64."""
@@ -39,15 +41,6 @@ def folded(layers: nn.Sequential) -> nn.Sequential:
     return nn.Sequential(*result)
 
 
-def mish(x: Tensor) -> Tensor:
-    """x * tanh(softplus(x)), by way of one sigmoid: ONNX Runtime has a fast kernel for that, and none for Mish.
-
-    With s = sigmoid(-x)^2 = (1 + e^x)^-2 the factor tanh(log(1 + e^x)) is (1 - s) / (1 + s).
-    """
-    s = torch.sigmoid(-x).square()
-    return x * (1 - s) / (1 + s)
-
-
 class FoldedClassifier(nn.Module):
     """Linear, Mish, Linear, Mish, ...: images [B, ...] in [0, 1] -> logits [B, classes], all Mish outputs [B, sum]."""
 
@@ -64,11 +57,15 @@ class FoldedClassifier(nn.Module):
         self.layers = nn.ModuleList([standardised, *(fold(n, linear) for n, linear in zip(norms, rest, strict=True))])
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        activations, x = [], images.flatten(1)
+        activations, x, mish = [], images.flatten(1), Mish()
         for layer in self.layers:
             x = mish(layer(x))
             activations.append(x)
         return x, torch.cat(activations, dim=1)
+
+    def chain(self) -> list[nn.Module]:
+        """Return the layers from images to scores, one after another."""
+        return [nn.Flatten(), *(part for layer in self.layers for part in (layer, Mish()))]
 
 
 class FoldedDecoder(nn.Module):

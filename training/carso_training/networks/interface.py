@@ -10,9 +10,9 @@ latent          [B, latent]          N(0, I) at inference time
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Generic, NamedTuple, TypeVar
+from typing import ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from pydantic import BaseModel, Field, PositiveFloat, PositiveInt
@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 class ClassifierConfig(BaseModel, ABC, frozen=True, extra="forbid", allow_inf_nan=False):
     """All that decides a classifier but its weights."""
+
+    trains_for_bounds: ClassVar[bool] = False  # whether its `chain` shares its weights
 
     network: str  # the architecture: a key of CLASSIFIERS
     input_shape: tuple[PositiveInt, PositiveInt, PositiveInt]  # channels, height, width
@@ -82,6 +84,13 @@ class Classifier(nn.Module, ABC):
         An architecture may give one that is cheaper to run. It is not for further training.
         """
         return _Representing(self)
+
+    def chain(self) -> Sequence[nn.Module] | None:
+        """Return the layers that are exported, from images to the scores that decide, for bounds to be taken through.
+
+        One after another they compute the scores of `folded` in eval mode. None: the network is not such a chain.
+        """
+        return None
 
 
 class Purifier(nn.Module, ABC):

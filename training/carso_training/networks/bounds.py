@@ -1,0 +1,182 @@
+"""Interval bounds: what a chain of layers can give on all images of a box, in one pass.
+
+A box is a lower and an upper end per value. A linear layer moves its centre by its weights and its radius by their
+absolute values; every other layer here is monotone, or first falls and then rises, so that both ends and the lowest
+point decide. The margins of the label against every other class are bounded directly, by the differences of the last
+layer's weights: the two scores move together, and their separate bounds would add up what cancels.
+
+With ``slack`` the bounds hold for what is computed in float32, not only for real numbers: they contain every value
+that the same chain computes on an image of the box, whatever the order of its sums. `docs/certificate.md` has the proof
+and derives every constant below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from math import prod
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from carso_training.networks.layers import Mish, SoftThresholds, Standardise
+
+UNIT = 2.0**-24  # the relative error of one float32 operation, at most
+TINY = 2.0**-100  # more than all that can be lost to numbers too small for float32, in one sum
+SIGMOID_ERROR = 2.0**-20  # of a computed sigmoid, in [0, 1], at most; tests measure it
+TIE = 2.0**-16  # scores that differ by more than this have different probabilities, in the same order
+MISH_LOWEST = (-1.1925, -1.1924)  # Mish is lowest between these two,
+MISH_LEAST = -0.30885  # and nowhere below this
+MOST_TERMS = 2**17  # in one sum, that the slack is derived for
+
+
+class Box(NamedTuple):
+    """All values between two ends."""
+
+    lower: Tensor  # [B, ...]
+    upper: Tensor  # [B, ...], >= lower
+
+
+class UnboundedLayerError(Exception):
+    """A chain of layers holds one that bounds cannot be taken through. The message names it."""
+
+
+def box_of(images: Tensor, eps: Tensor) -> Box:
+    """Return all images in [0, 1] that differ from `images` [B, *shape] by at most `eps` [B] >= 0 in every pixel.
+
+    Every float32 image within `eps` lies in it, although the ends are rounded: rounding keeps the order of numbers.
+    """
+    radius = eps.view(-1, *[1] * (images.dim() - 1))
+    return Box((images - radius).clamp(min=0.0), (images + radius).clamp(max=1.0))
+
+
+def margins(layers: Sequence[nn.Module], box: Box, labels: Tensor, *, slack: bool) -> Tensor:
+    """Return lower bounds [B, classes] of how far the score of `labels` [B] is above each class's, all over the box.
+
+    A label's bound against itself is 0. Where all others are positive, every image of the box gets this label. With
+    `slack` this holds for scores, and for their softmax, as float32 computes them. Raises UnboundedLayerError.
+    """
+    *before, last = layers
+    if isinstance(last, nn.Linear):
+        below = _differences(last, propagate(before, box, slack=slack), slack=slack)
+        found = below.gather(1, labels.view(-1, 1, 1).expand(-1, 1, below.shape[2])).squeeze(1)
+    else:
+        lower, upper = propagate(layers, box, slack=slack)
+        found = lower.gather(1, labels.unsqueeze(1)) - upper
+        if slack:
+            found = found - 4 * UNIT * found.abs()
+    if slack:
+        found = found - TIE
+    return found.masked_fill(F.one_hot(labels, found.shape[1]).bool(), 0.0)
+
+
+def propagate(layers: Sequence[nn.Module], box: Box, *, slack: bool) -> Box:
+    """Return a box that holds what the chain of `layers` gives on every point of `box`. Raises UnboundedLayerError."""
+    for layer in layers:
+        rule = RULES.get(type(layer))
+        if rule is None:
+            raise UnboundedLayerError(
+                f"bounds cannot be taken through {type(layer).__name__}; they can be through "
+                f"{', '.join(sorted(known.__name__ for known in RULES))}"
+            )
+        box = rule(layer, box, slack)
+    return box
+
+
+def _centre_and_radius(box: Box, terms: int, *, slack: bool) -> tuple[Tensor, Tensor]:
+    """Return a box's centre, and its radius with what rounding may add in a sum of `terms` products."""
+    centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
+    if slack:
+        radius = radius + _share(terms) * (centre.abs() + radius)
+    return centre, radius
+
+
+def _share(terms: int) -> float:
+    """Return how much of the sum of all absolute terms the roundings of a linear layer can amount to."""
+    if terms > MOST_TERMS:
+        raise UnboundedLayerError(f"bounds are proven for sums of up to {MOST_TERMS} terms, and a layer has {terms}")
+    return (4 * terms + 32) * UNIT
+
+
+def _ends(centre: Tensor, radius: Tensor) -> Box:
+    return Box(centre - radius, centre + radius)
+
+
+def _linear(layer: nn.Linear, box: Box, slack: bool) -> Box:
+    terms = layer.in_features
+    centre, radius = _centre_and_radius(box, terms, slack=slack)
+    return _ends(
+        F.linear(centre, layer.weight, layer.bias),
+        F.linear(radius, layer.weight.abs(), _bias_slack(layer, terms) if slack else None),
+    )
+
+
+def _convolution(layer: nn.Conv2d, box: Box, slack: bool) -> Box:
+    if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
+        raise UnboundedLayerError("bounds are taken through convolutions that are padded with a number of zeros only")
+    terms = prod(layer.weight.shape[1:])
+    centre, radius = _centre_and_radius(box, terms, slack=slack)
+    how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
+    bias = _bias_slack(layer, terms) if slack else None
+    return _ends(F.conv2d(centre, layer.weight, layer.bias, **how), F.conv2d(radius, layer.weight.abs(), bias, **how))
+
+
+def _bias_slack(layer: nn.Linear | nn.Conv2d, terms: int) -> Tensor:
+    bias = layer.weight.new_zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.abs()
+    return _share(terms) * bias + TINY
+
+
+def _differences(last: nn.Linear, box: Box, *, slack: bool) -> Tensor:
+    """Return lower bounds [B, classes, classes] of score a minus score b, at [:, a, b]."""
+    terms, classes = last.in_features, last.out_features
+    weight = (last.weight.unsqueeze(1) - last.weight.unsqueeze(0)).flatten(0, 1)
+    bias = None if last.bias is None else (last.bias.unsqueeze(1) - last.bias.unsqueeze(0)).flatten()
+    centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
+    below = F.linear(centre, weight, bias) - F.linear(radius, weight.abs())
+    if slack:
+        # each score is rounded by itself, so the slack is that of both and not of their difference
+        size = F.linear(centre.abs() + radius, last.weight.abs(), None if last.bias is None else last.bias.abs())
+        below = below - _share(terms) * (size.unsqueeze(2) + size.unsqueeze(1)).flatten(1) - TINY
+    return below.unflatten(1, (classes, classes))
+
+
+def _monotone(layer: nn.Module, box: Box, slack: bool) -> Box:
+    """Take both ends through a layer that keeps their order, also when it is rounded."""
+    return Box(layer(box.lower), layer(box.upper))
+
+
+def _leaky(layer: nn.LeakyReLU, box: Box, slack: bool) -> Box:
+    if layer.negative_slope < 0:
+        raise UnboundedLayerError(f"bounds need a LeakyReLU whose slope is not below 0, not {layer.negative_slope}")
+    return _monotone(layer, box, slack)
+
+
+def _soft_thresholds(layer: SoftThresholds, box: Box, slack: bool) -> Box:
+    ends = layer(box.lower), layer(box.upper)
+    room = 2 * SIGMOID_ERROR if slack else 0.0
+    return Box(torch.minimum(*ends) - room, torch.maximum(*ends) + room)  # a steepness may be negative
+
+
+def _mish(layer: Mish, box: Box, slack: bool) -> Box:
+    ends = layer(box.lower), layer(box.upper)
+    low, high = torch.minimum(*ends), torch.maximum(*ends)  # it falls, then rises: highest at an end
+    first, last = MISH_LOWEST
+    low = torch.where((box.lower < last) & (box.upper > first), torch.full_like(low, MISH_LEAST), low)
+    if slack:
+        room = 16 * SIGMOID_ERROR * torch.maximum(box.lower.abs(), box.upper.abs()) + TINY
+        low, high = low - room, high + room
+    return Box(low, high)
+
+
+RULES: dict[type[nn.Module], Callable[..., Box]] = {
+    nn.Linear: _linear,
+    nn.Conv2d: _convolution,
+    nn.ReLU: _monotone,
+    nn.LeakyReLU: _leaky,
+    nn.MaxPool2d: _monotone,
+    nn.Flatten: _monotone,
+    Standardise: _monotone,
+    SoftThresholds: _soft_thresholds,
+    Mish: _mish,
+}
