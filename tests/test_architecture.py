@@ -14,7 +14,7 @@ import pytest
 PACKAGE = Path(carso.__file__).parent
 # From the bottom up. Files of one place may import each other, as long as they form no circle.
 ROOMS = (
-    ("choices", "complaints", "errors", "version", "samples", "bundle", "options", "settings"),
+    ("choices", "complaints", "errors", "version", "samples", "bundle", "options", "settings", "board"),
     ("client", "images"),
     ("inference",),
     ("telemetry",),

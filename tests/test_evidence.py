@@ -7,6 +7,7 @@ from math import inf, log10, nan, prod
 from pathlib import Path
 
 import pytest
+from carso.board.whole import OwnCell
 from carso.bundle import Bundle
 from carso.telemetry import evidence
 from carso.telemetry.cgroup import Cgroup
@@ -27,6 +28,12 @@ def images_until_alarm(test: Evidence, rate: float, *, seed: int, most: int, ala
         if test.value >= alarm:
             return image
     return inf
+
+
+def copied(cell: OwnCell) -> OwnCell:
+    copy = OwnCell()
+    copy.change(lambda _: cell.read())
+    return copy
 
 
 def test_the_evidence_is_what_the_proof_says_it_is():
@@ -55,13 +62,13 @@ def test_the_evidence_is_what_the_proof_says_it_is():
 
 def test_the_mean_of_one_step_never_rises_at_the_null_or_below():
     for rate in (NULL, NULL / 2, 0.0):
-        test = Evidence(NULL)
+        kept = OwnCell()
+        test = Evidence(NULL, kept)
         for _ in range(50):
             before = test.value
             after = []
             for disagree in (True, False):
-                other = Evidence(NULL)
-                vars(other).update({name: list(v) if isinstance(v, list) else v for name, v in vars(test).items()})
+                other = Evidence(NULL, copied(kept))
                 other.add(disagree)
                 after.append(other.value)
             assert rate * after[0] + (1 - rate) * after[1] <= before * (1 + 1e-12)

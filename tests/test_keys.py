@@ -149,7 +149,7 @@ def test_rows_are_saved_up_and_come_back_at_the_rate(monkeypatch):
     monkeypatch.setattr(keys, "monotonic", lambda: now)
     caller = Caller("a", 10)
     caller.check()
-    caller.charge(150)
+    caller.take(150)
     with pytest.raises(Overloaded) as refusal:
         caller.check()
     assert refusal.value.retry_after == 5
@@ -157,10 +157,10 @@ def test_rows_are_saved_up_and_come_back_at_the_rate(monkeypatch):
     caller.check()
     now = 1000.0
     caller.check()
-    caller.charge(int(10 * SAVED_UP))
+    caller.take(int(10 * SAVED_UP))
     with pytest.raises(Overloaded):
         caller.check()
-    caller.charge(-1)
+    caller.settle(-1)
     caller.check()
 
 
@@ -200,7 +200,7 @@ def test_what_a_caller_has_used_up_survives_a_reload(tmp_path):
     path = tmp_path / "keys"
     path.write_text(f"a: {OLD} rate=1\n")
     known = ApiKeys(path)
-    known.check(b"Bearer " + OLD.encode()).charge(1000)
+    known.check(b"Bearer " + OLD.encode()).take(1000)
     path.write_text(f"a: {NEW} rate=2\n")
     known.reload()
     with pytest.raises(Overloaded):

@@ -24,6 +24,8 @@ from carso.api.classification import Classification
 from carso.api.intake import Intake
 from carso.api.native import Native
 from carso.api.open_inference import Model
+from carso.board.seat import Seat
+from carso.board.whole import Whole
 from carso.bundle import Bundle, BundleError
 from carso.choices import Checked, PathName
 from carso.errors import RequestError
@@ -45,6 +47,7 @@ from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
 from carso.telemetry.metrics import Metrics
 from carso.telemetry.probes import PROBES, Lifecycle, Probes
+from carso.telemetry.workers import registries
 from carso.version import __version__
 
 if TYPE_CHECKING:
@@ -73,12 +76,14 @@ def create_app() -> ASGIApp:
     return build(Settings.read()).app
 
 
-def build(settings: Settings) -> Service:
+def build(settings: Settings, whole: Whole | None = None) -> Service:
     """Load and self-test the bundle, and build the application that serves it.
 
-    Whatever can fail fails here, before a port is opened. Raises BundleError, DeviceError, SettingsError.
+    Whatever can fail fails here, before a port is opened. `whole`: the service that this process is a worker of; None:
+    it is alone. Raises BundleError, DeviceError, SettingsError.
     """
-    keys = _keys(settings)
+    whole = whole or Whole()
+    keys = _keys(settings, whole)
     tracing = _tracing(settings) if settings.tracing else None
     bundle = Bundle.load(settings.bundle)
     manifest = bundle.manifest
@@ -95,7 +100,14 @@ def build(settings: Settings) -> Service:
     sessions = _sessions(bundle, settings)
     provider, precision = sessions.provider, sessions.precision
     log.info("votes are cast in %s: %s", precision.precision, precision.because)
-    metrics = Metrics(bundle, device=settings.device, provider=provider, precision=precision.precision)
+    metrics = Metrics(
+        bundle,
+        device=settings.device,
+        provider=provider,
+        precision=precision.precision,
+        whole=whole,
+        registries=registries(whole) if isinstance(whole, Seat) else None,
+    )
     engine = Engine(
         Pipeline(
             sessions,
@@ -107,11 +119,12 @@ def build(settings: Settings) -> Service:
         ),
         observe=metrics.step,
         queue_rows={"robust": settings.queue_rows, "fast": settings.fast_queue_rows},
+        whole=whole,
     )
     lifecycle = Lifecycle()
-    probes = Probes(engine, lifecycle, watchdog=settings.watchdog_s)
-    metrics.watch(admission=engine.admission, in_flight=engine.in_flight_on, is_ready=lambda: probes.is_ready)
-    canary = _canary(bundle, engine, every=settings.canary_s)
+    probes = Probes(engine, lifecycle, watchdog=settings.watchdog_s, whole=whole)
+    metrics.watch(admission=engine.admission, is_ready=lambda: probes.is_ready)
+    canary = _canary(bundle, engine, whole, every=settings.canary_s)
     if canary is not None:
         metrics.watch_canary(lambda: canary.ratio)
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="carso-decode")
@@ -164,6 +177,7 @@ def build(settings: Settings) -> Service:
             max_images=settings.max_images,
             evidence=settings.evidence,
             tells_typical=manifest.typical is not None and path in CHECKED[settings.typical],
+            whole=whole,
         )
         for path in get_args(PathName)
     ]
@@ -184,6 +198,7 @@ def build(settings: Settings) -> Service:
         endpoints=[path for route in app.routes if (path := getattr(route, "path", None))],
         metrics=metrics,
         lifecycle=lifecycle,
+        whole=whole,
     )
     if tracing:
         app.add_middleware(tracing.around)
@@ -210,7 +225,7 @@ def _sessions(bundle: Bundle, settings: Settings) -> Sessions:
         ).result()
 
 
-def _canary(bundle: Bundle, engine: Engine, *, every: float) -> Canary | None:
+def _canary(bundle: Bundle, engine: Engine, whole: Whole, *, every: float) -> Canary | None:
     """Return what watches the bundle's samples. None: there are none, or `every` is 0. Raises BundleError."""
     if bundle.samples is None or not every:
         return None
@@ -223,7 +238,7 @@ def _canary(bundle: Bundle, engine: Engine, *, every: float) -> Canary | None:
         except RequestError as e:
             path = bundle.folder / SAMPLES / sample.file
             raise BundleError(f"{path} cannot be classified: {e}. Make it again with: carso-train samples") from None
-    return Canary(engine, images, votes=bundle.manifest.samples, risk=bundle.samples.risk, every=every)
+    return Canary(engine, images, votes=bundle.manifest.samples, risk=bundle.samples.risk, every=every, whole=whole)
 
 
 def _lifespan(
@@ -269,11 +284,11 @@ def _lifespan(
     return lifespan
 
 
-def _keys(settings: Settings) -> ApiKeys | None:
+def _keys(settings: Settings, whole: Whole) -> ApiKeys | None:
     if settings.api_keys_file is None:
         return None
     try:
-        return ApiKeys(settings.api_keys_file)
+        return ApiKeys(settings.api_keys_file, whole)
     except BadKeys as e:
         raise SettingsError(f"{settings.called('api_keys_file')}: {e}") from None
 

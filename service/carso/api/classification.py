@@ -142,7 +142,7 @@ class Classification:
             async with WhileConnected(request.receive):
                 result = await self._engine.run(job)
         except QueueFull:
-            exchange.charge(-job.rows)
+            exchange.settle(-job.rows)
             raise
         except ClientGone:
             self._metrics.cancellation("client_gone")
@@ -150,6 +150,6 @@ class Classification:
         except EngineStopped:
             self._metrics.cancellation("stopping")
             raise
-        exchange.charge(len(job.images) + sum(outcome.votes for outcome in result.outcomes) - job.rows)
+        exchange.settle(len(job.images) + sum(outcome.votes for outcome in result.outcomes) - job.rows)
         self._trace(job, result)
         return result

@@ -22,6 +22,7 @@ from carso.api.classification import Classification, Classified
 from carso.api.intake import Intake
 from carso.api.statistics import AllStatistics, ModelStatistics, Statistics
 from carso.api.tensors import InferRequest, InferResponse, OutputType
+from carso.board.whole import Whole
 from carso.bundle import InputSpec, Manifest
 from carso.choices import Evidence, PathName
 from carso.complaints import shown
@@ -124,9 +125,10 @@ class Model:
         max_images: int,
         evidence: Evidence,
         tells_typical: bool,
+        whole: Whole,
     ) -> None:
         """`options`: RobustOptions with this service's limits on the robust path, FastOptions on the fast one.
-        `tells_typical`: whether answers on this path say if an image is typical.
+        `tells_typical`: whether answers on this path say if an image is typical. `whole`: keeps the statistics.
         """
         self.name = manifest.name if path == "robust" else f"{manifest.name}-fast"
         self.version = manifest.version
@@ -143,7 +145,7 @@ class Model:
         self._max_values = json_values.limit(manifest.input.shape)
         self._options = options
         self._types = {name: _datatype(field.annotation) for name, field in fields.items()}
-        self._statistics = Statistics()
+        self._statistics = Statistics(whole.cell(f"statistics/{path}"))
         self._tells_timings = evidence == "full"
         self.metadata = ModelMetadata(
             name=self.name,
@@ -170,7 +172,7 @@ class Model:
 
     @property
     def statistics(self) -> ModelStatistics:
-        """What the model did since the process began."""
+        """What the model did since the service began."""
         return self._statistics.of(self.name, self.version, with_timings=self._tells_timings)
 
     async def infer(self, request: Request) -> Response:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 from pydantic import BaseModel, Field
+
+from carso.board.whole import Cell, Numbers
 
 
 class Duration(BaseModel):
@@ -31,7 +32,7 @@ class InferenceStatistics(BaseModel):
 
 
 class ModelStatistics(BaseModel):
-    """The statistics of one model, since the process began."""
+    """The statistics of one model, since the service began."""
 
     name: str
     version: str
@@ -50,46 +51,60 @@ class AllStatistics(BaseModel):
     model_stats: list[ModelStatistics]
 
 
-@dataclass
-class Statistics:
-    """Counts the requests of one model. For use on the event loop only."""
+_STAGES = tuple(InferenceStatistics.model_fields)
+_NOTHING: Numbers = (0,) * (2 + 2 * len(_STAGES))
 
-    _images: int = 0
-    _last: int = 0
-    _durations: dict[str, Duration] = field(
-        default_factory=lambda: {name: Duration() for name in InferenceStatistics.model_fields}
-    )
+
+class Statistics:
+    """Counts the requests of one model, over all workers. For use on the event loop only."""
+
+    def __init__(self, cell: Cell) -> None:
+        """`cell`: keeps images, the time of the last answer, and count and nanoseconds of each stage."""
+        self._cell = cell
 
     def succeeded(self, *, images: int, timings: Mapping[str, float]) -> None:
         """Count an answer. `timings`: in milliseconds, as answers.RobustTimings or FastTimings name them."""
-        self._images += images
-        self._last = int(1e3 * time.time())
         stages = {
             "queue": timings["queue_ms"],
             "compute_input": timings["decode_ms"],
             "compute_infer": timings["first_pass_ms"] + timings.get("vote_ms", 0.0),
         }
         stages["compute_output"] = max(0.0, timings["total_ms"] - sum(stages.values()))
-        for name, milliseconds in {**stages, "success": timings["total_ms"]}.items():
-            self._add(name, 1e-3 * milliseconds)
+        stages["success"] = timings["total_ms"]
+        self._add({name: 1e-3 * milliseconds for name, milliseconds in stages.items()}, images=images)
 
     def failed(self, *, seconds: float) -> None:
         """Count a request that got an error."""
-        self._add("fail", seconds)
+        self._add({"fail": seconds})
 
     def of(self, name: str, version: str, *, with_timings: bool) -> ModelStatistics:
         """Return what a client is told of the model."""
-        durations = {stage: duration.model_copy() for stage, duration in self._durations.items()}
+        images, last, *stages = map(int, self._cell.read() or _NOTHING)
+        durations = {
+            stage: Duration(count=count, ns=ns)
+            for stage, count, ns in zip(_STAGES, stages[::2], stages[1::2], strict=True)
+        }
         return ModelStatistics(
             name=name,
             version=version,
-            last_inference=self._last,
-            inference_count=self._images,
+            last_inference=last,
+            inference_count=images,
             execution_count=durations["success"].count,
             inference_stats=InferenceStatistics(**durations) if with_timings else None,
         )
 
-    def _add(self, name: str, seconds: float) -> None:
-        duration = self._durations[name]
-        duration.count += 1
-        duration.ns += round(1e9 * seconds)
+    def _add(self, seconds: Mapping[str, float], *, images: int | None = None) -> None:
+        """Add to the durations of some stages. `images`: that were classified; None: there was no answer."""
+
+        def added(numbers: Numbers) -> Numbers:
+            sums = list(numbers or _NOTHING)
+            if images is not None:
+                sums[0] += images
+                sums[1] = int(1e3 * time.time())
+            for stage, took in seconds.items():
+                place = 2 + 2 * _STAGES.index(stage)
+                sums[place] += 1
+                sums[place + 1] += round(1e9 * took)
+            return tuple(sums)
+
+        self._cell.change(added)

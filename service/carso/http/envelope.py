@@ -16,6 +16,7 @@ from http import HTTPStatus
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from carso.board.whole import Whole
 from carso.complaints import shown
 from carso.errors import BodyTooLarge, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
 from carso.http.exchange import Exchange, without_prefix
@@ -58,15 +59,17 @@ class Envelope:
         endpoints: Iterable[str],
         metrics: Metrics,
         lifecycle: Lifecycle,
+        whole: Whole,
     ) -> None:
-        """`bodies_bytes` bounds the bodies of all requests in flight; `receive_timeout` is in seconds, for one body.
-        The paths in `keyless` need no key. Metrics name the paths in `endpoints` and count all others as one, or
-        callers could invent labels.
+        """`bodies_bytes` bounds the bodies of all requests that the `whole` has in flight; `receive_timeout` is in
+        seconds, for one body. The paths in `keyless` need no key. Metrics name the paths in `endpoints` and count all
+        others as one, or callers could invent labels.
         """
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._bodies_bytes = bodies_bytes
-        self._held = 0  # bytes of bodies
+        self._whole = whole
+        self._held = whole.part("bodies")
         self._receive_timeout = receive_timeout
         self._keys = keys
         self._keyless = keyless
@@ -110,7 +113,7 @@ class Envelope:
             exchange.error = as_request_error(stopping).name
             await answer(stopping, exchange.request_id, path=path)(scope, receive, send)
         finally:
-            self._held -= exchange.body_bytes
+            self._held.mine -= exchange.body_bytes
             endpoint = path if path in self._endpoints else "other"
             level = logging.DEBUG if path in PROBES else logging.INFO
             _account(self._metrics, exchange, endpoint=endpoint, method=method, level=level)
@@ -162,13 +165,15 @@ class Envelope:
         more = size - exchange.body_bytes
         if size <= SMALL_BODY or more <= 0:
             return
-        if self._held + more > self._bodies_bytes:
-            raise Overloaded(
-                f"the bodies of other requests hold {self._held - exchange.body_bytes} bytes, this one has {size}, "
-                f"and at most {self._bodies_bytes} are held together: send it again in 1 s, to another replica, or in "
-                f"several of at most {SMALL_BODY} bytes"
-            )
-        self._held += more
+        with self._whole.exclusive():
+            held = int(sum(self._held.each()))
+            if held + more > self._bodies_bytes:
+                raise Overloaded(
+                    f"the bodies of other requests hold {held - exchange.body_bytes} bytes, this one has {size}, "
+                    f"and at most {self._bodies_bytes} are held together: send it again in 1 s, to another replica, or "
+                    f"in several of at most {SMALL_BODY} bytes"
+                )
+            self._held.mine += more
         exchange.body_bytes = size
 
 

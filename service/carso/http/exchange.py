@@ -40,11 +40,15 @@ class Exchange:
         return cast("Exchange", scope[_KEY])
 
     def charge(self, rows: int) -> None:
-        """Charge the caller for work before it is done; a negative number gives back. Raises Overloaded."""
+        """Charge the caller for work before it is done. Raises Overloaded."""
         if self.caller is not None:
-            if rows > 0:
-                self.caller.check()
-            self.caller.charge(rows)
+            self.caller.take(rows)
+            self.rows += rows
+
+    def settle(self, rows: int) -> None:
+        """Charge the caller for what the work has cost beyond that; a negative number gives back."""
+        if self.caller is not None:
+            self.caller.settle(rows)
             self.rows += rows
 
     def learnt(self) -> dict[str, object]:

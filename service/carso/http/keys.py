@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from time import monotonic
 
+from carso.board.whole import Cell, Numbers, OwnCell, TooManyNames, Whole
 from carso.errors import Overloaded, Unauthorized
 
 SHORTEST = 16  # characters: an attacker guesses as often as requests can be sent
@@ -32,38 +33,58 @@ class Caller:
 
     Rows are saved up for SAVED_UP seconds. A request is let in as long as there are some left, whatever it costs, so
     that the largest one can be sent at any rate; the debt that it leaves has to be paid off before the next.
+
+    What is left is kept in one cell for all workers, and a request is let in and charged in one change of it. So the
+    rate holds for the service as a whole, exactly as it does for one process.
     """
 
-    def __init__(self, name: str, rate: int | None) -> None:
-        """`rate`: None for as much as there is."""
+    def __init__(self, name: str, rate: int | None, cell: Cell | None = None) -> None:
+        """`rate`: None for as much as there is. `cell`: keeps what is left; None: one of this process alone."""
         self.name = name
         self.rate = rate
-        self._left = math.inf if rate is None else rate * SAVED_UP
-        self._at = monotonic()
+        self._cell = cell or OwnCell()  # rows left, and at what time, on the clock that all processes share
 
     def check(self) -> None:
         """Raise Overloaded if this caller has no rows left."""
+        self.take(0)
+
+    def take(self, rows: int) -> None:
+        """Take `rows`, at least 0, from what is left; it may leave a debt. Raises Overloaded if nothing is left."""
         if self.rate is None:
             return
+        rate = self.rate
+
+        def taken(numbers: Numbers) -> Numbers:
+            left, at = self._saved_up(numbers, rate)
+            if left <= 0:
+                wait = max(1, math.ceil(-left / rate))
+                raise Overloaded(
+                    f"the key of {self.name} is for {rate} rows of work per second, and more were asked for: send this "
+                    f"again in {wait} s",
+                    retry_after=wait,
+                )
+            return left - rows, at
+
+        self._cell.change(taken)
+
+    def settle(self, rows: int) -> None:
+        """Take `rows` that a request has cost beyond what was taken for it; a negative number gives back."""
+        if self.rate is None:
+            return
+        rate = self.rate
+
+        def settled(numbers: Numbers) -> Numbers:
+            left, at = self._saved_up(numbers, rate)
+            return left - rows, at
+
+        self._cell.change(settled)
+
+    @staticmethod
+    def _saved_up(numbers: Numbers, rate: int) -> tuple[float, float]:
+        """Return what is left now."""
         now = monotonic()
-        self._left = min(self._left + (now - self._at) * self.rate, self.rate * SAVED_UP)
-        self._at = now
-        if self._left <= 0:
-            wait = max(1, math.ceil(-self._left / self.rate))
-            raise Overloaded(
-                f"the key of {self.name} is for {self.rate} rows of work per second, and more were asked for: send "
-                f"this again in {wait} s",
-                retry_after=wait,
-            )
-
-    def charge(self, rows: int) -> None:
-        """Take `rows` from what is left; a negative number gives back. It may leave a debt."""
-        self._left -= rows
-
-    def go_on_as(self, other: Caller) -> None:
-        """Take over what is left to the same caller in an older file."""
-        if self.rate is not None and other.rate is not None:
-            self._left, self._at = min(other._left, self.rate * SAVED_UP), other._at
+        left, at = numbers or (rate * SAVED_UP, now)
+        return min(left + (now - at) * rate, rate * SAVED_UP), now
 
 
 class ApiKeys:
@@ -73,22 +94,22 @@ class ApiKeys:
     nothing about any key.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, whole: Whole | None = None) -> None:
         """Read a file with a line `key`, `name: key` or `name: key rate=ROWS` for each key.
 
-        Empty lines and lines that begin with # are skipped. Raises BadKeys.
+        Empty lines and lines that begin with # are skipped. `whole`: the service whose callers they are; None: this
+        process alone. Raises BadKeys.
         """
         self._path = path
-        self._callers = _read(path)
+        self._whole = whole or Whole()
+        self._callers = _read(path, self._whole)
 
     def reload(self) -> None:
-        """Read the file again. Raises BadKeys, and goes on with the keys as they were."""
-        callers = _read(self._path)
-        before = {caller.name: caller for caller in self._callers.values()}
-        for name, caller in {caller.name: caller for caller in callers.values()}.items():
-            if name in before:
-                caller.go_on_as(before[name])
-        self._callers = callers
+        """Read the file again. Raises BadKeys, and goes on with the keys as they were.
+
+        A caller whose name was there before has left what it had left.
+        """
+        self._callers = _read(self._path, self._whole)
 
     def check(self, authorization: bytes) -> Caller:
         """Return the caller whose key the header Authorization carries. Raises Unauthorized."""
@@ -105,7 +126,7 @@ class ApiKeys:
         return found
 
 
-def _read(path: Path) -> Mapping[bytes, Caller]:
+def _read(path: Path, whole: Whole) -> Mapping[bytes, Caller]:
     """Return the caller of each key's digest. Raises BadKeys."""
     try:
         lines = [line.strip() for line in path.read_text("utf-8").splitlines()]
@@ -125,7 +146,9 @@ def _read(path: Path) -> Mapping[bytes, Caller]:
             )
         rate = None if parts["rate"] is None else int(parts["rate"])
         name = parts["name"] or UNNAMED
-        caller = callers.setdefault(name, Caller(name, rate))
+        if name not in callers:
+            callers[name] = Caller(name, rate, None if rate is None else _cell(whole, name, path))
+        caller = callers[name]
         if caller.rate != rate:
             raise BadKeys(f"line {number} of {path} gives {caller.name} another rate than a line above: give one")
         digest = _digest(parts["key"].encode())
@@ -134,6 +157,13 @@ def _read(path: Path) -> Mapping[bytes, Caller]:
     if not found:
         raise BadKeys(f"{path} holds no key: write one a line, or unset this setting to serve without keys")
     return found
+
+
+def _cell(whole: Whole, name: str, path: Path) -> Cell:
+    try:
+        return whole.cell(f"rate/{name}")
+    except TooManyNames as e:
+        raise BadKeys(f"{path} has more callers with a rate than this service can hold ({e}): restart it") from None
 
 
 def _digest(key: bytes) -> bytes:

@@ -1,12 +1,15 @@
 """Admission of work: the rows that one path owes, their limit, and how long to wait when it is reached.
 
 Rows are counted, not requests. A request of 64 images with 10 000 votes each owes 640 064 rows; a fast request of one
-image owes one.
+image owes one. Where the service has workers, the limit is for what all of them owe together.
 """
 
 from __future__ import annotations
 
 import math
+
+from carso.board.whole import State, Whole
+from carso.choices import PathName
 
 WINDOW = 5.0  # seconds of work over which the pace is measured
 MEASURED = 0.1  # seconds of work before the pace means anything: the first step may be a first pass alone, of one row
@@ -25,26 +28,38 @@ class Admission:
     """Counts the rows that one path owes: those admitted, and neither done nor dropped yet.
 
     `admit` belongs to the event loop and `settle` to the engine's thread. Each writes what the other only reads, so
-    there is no lock.
+    threads need no lock. Workers do, and so never owe more than the limit together.
     """
 
-    def __init__(self, limit: float = math.inf) -> None:
-        """`limit`: the most rows that may be owed."""
+    def __init__(self, limit: float = math.inf, *, whole: Whole | None = None, path: PathName = "robust") -> None:
+        """`limit`: the most rows that the `whole` may owe on a `path`. None: this process is alone."""
         self.limit = limit
-        self._admitted = 0
-        self._settled = 0
+        self._whole = whole or Whole()
+        self._admitted, self._settled, self._jobs, self._pace = (
+            self._whole.part(f"{path}_{name}") for name in ("admitted", "settled", "jobs", "pace")
+        )
         self._recent_rows = 0.0  # both fade with WINDOW
         self._recent_seconds = 0.0
 
     @property
     def owed(self) -> int:
-        """Rows that are owed now."""
-        return self._admitted - self._settled
+        """Rows that all workers owe now."""
+        return int(sum(self._admitted.each()) - sum(self._settled.each()))
 
     @property
     def pace(self) -> float:
-        """Rows done or spared per second of the engine's work; 0: not measured yet."""
-        return self._recent_rows / self._recent_seconds if self._recent_seconds >= MEASURED else 0.0
+        """Rows done or spared per second of work, by the engines of all workers; 0: not measured yet.
+
+        A worker that has not measured its own is taken to be as fast as the mean of the others.
+        """
+        measured = [pace for pace in self._pace.each() if pace]
+        running = max(len(measured), 1 + self._whole.others(State.READY))
+        return sum(measured) / len(measured) * running if measured else 0.0
+
+    @property
+    def jobs(self) -> int:
+        """How many jobs the engines of all workers have."""
+        return int(sum(self._jobs.each()))
 
     @property
     def wait(self) -> float:
@@ -66,17 +81,28 @@ class Admission:
 
     def admit(self, rows: int) -> None:
         """Take on `rows`. Raises QueueFull."""
-        self.check(rows)
-        self._admitted += rows
+        with self._whole.exclusive():
+            self.check(rows)
+            self._admitted.mine += rows
 
     def settle(self, rows: int, *, seconds: float) -> None:
         """Note that `rows` are owed no longer, after `seconds` of the engine's work."""
-        if not self.owed:
+        if self._admitted.mine == self._settled.mine:
             return
-        self._settled += rows
+        self._settled.mine += rows
         fade = math.exp(-seconds / WINDOW)
         self._recent_rows = fade * self._recent_rows + rows
         self._recent_seconds = fade * self._recent_seconds + seconds
+        if self._recent_seconds >= MEASURED:
+            self._pace.mine = self._recent_rows / self._recent_seconds
+
+    def begin(self) -> None:
+        """Count a job that the engine has from now on."""
+        self._jobs.mine += 1
+
+    def end(self) -> None:
+        """Count it no longer."""
+        self._jobs.mine -= 1
 
     def _seconds_for(self, rows: float) -> float:
         pace = self.pace

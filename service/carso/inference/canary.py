@@ -10,6 +10,7 @@ from math import nan
 
 import numpy as np
 
+from carso.board.whole import Whole
 from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineError
 from carso.inference.jobs import Job, VotePlan
@@ -33,17 +34,26 @@ class Canary:
         votes: int,
         risk: float,
         every: float,
+        whole: Whole | None = None,
     ) -> None:
-        """`samples` with their images [*shape] float32. `votes`: asked for. `every`: seconds between two samples."""
+        """`samples` with their images [*shape] float32. `votes`: asked for. `every`: seconds between two samples.
+        `whole`: the service whose workers each ask their own engine; None: this process alone.
+        """
         self._engine = engine
         self._samples = [(sample, image) for sample, image in samples if sample.robust_right]
         self._votes, self._risk, self._every = votes, risk, every
         self._right: dict[str, bool] = {}  # the last answer to each sample, by its file
+        whole = whole or Whole()
+        self._asked_of_all, self._right_of_all = whole.part("canary_asked"), whole.part("canary_right")
 
     @property
     def ratio(self) -> float:
-        """The share of the samples asked so far whose last answer was right; not a number before the first."""
-        return sum(self._right.values()) / len(self._right) if self._right else nan
+        """The share of the samples asked so far whose last answer was right; not a number before the first.
+
+        A sample counts once for each worker that was asked.
+        """
+        asked = sum(self._asked_of_all.each())
+        return sum(self._right_of_all.each()) / asked if asked else nan
 
     async def run(self) -> None:
         """Ask until cancelled, or until the engine ends. A turn in which the engine has other work is left out."""
@@ -66,3 +76,4 @@ class Canary:
         if not right and self._right.get(sample.file, True):
             log.warning("the canary sample %s is a %d, and is answered %d", sample.file, sample.label, outcome.label)
         self._right[sample.file] = right
+        self._asked_of_all.mine, self._right_of_all.mine = len(self._right), sum(self._right.values())

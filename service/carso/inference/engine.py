@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from queue import Empty, SimpleQueue
 from typing import Protocol, get_args
 
+from carso.board.whole import Whole
 from carso.choices import PathName
 from carso.inference.admission import Admission
 from carso.inference.jobs import Job, Result, Step, Ticket
@@ -60,13 +61,15 @@ class Engine:
         *,
         observe: Callable[[Step], None] = lambda step: None,
         queue_rows: Mapping[PathName, float] | None = None,
+        whole: Whole | None = None,
     ) -> None:
         """`observe` is called with every step, on the engine's thread: keep it short. `queue_rows` are the rows that
-        each path may owe; None: any number.
+        each path of the `whole` may owe; None: any number, and this process is alone.
         """
         limits = queue_rows or {}
+        whole = whole or Whole()
         self.admission: dict[PathName, Admission] = {
-            path: Admission(limits.get(path, math.inf)) for path in get_args(PathName)
+            path: Admission(limits.get(path, math.inf), whole=whole, path=path) for path in get_args(PathName)
         }
         self._pipeline = pipeline
         self._observe = observe
@@ -118,10 +121,6 @@ class Engine:
         """How many jobs the engine has."""
         return len(self._futures)
 
-    def in_flight_on(self, path: PathName) -> int:
-        """How many jobs of one path the engine has."""
-        return sum(ticket.job.path == path for ticket in self._futures)
-
     async def run(self, job: Job) -> Result:
         """Give `job` to the pipeline and return its result.
 
@@ -137,6 +136,7 @@ class Engine:
         ticket = Ticket(job)
         future: asyncio.Future[Result] = self._loop.create_future()
         self._futures[ticket] = future
+        self.admission[job.path].begin()
         if not self._arriving:
             self._loop.call_soon(self._hand_over)  # one wake-up of the engine for all that this turn brings
         self._arriving.append(ticket)
@@ -145,6 +145,7 @@ class Engine:
         finally:
             ticket.cancelled = True  # whatever is not done by now is for nobody
             self._futures.pop(ticket, None)
+            self.admission[job.path].end()
 
     def _hand_over(self) -> None:
         self._arrivals.put(self._arriving)

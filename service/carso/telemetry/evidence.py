@@ -22,7 +22,10 @@ ever does. The price of the promise is about log(n) nats more of evidence for an
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from math import exp, lgamma, log, log1p, log10
+
+from carso.board.whole import Cell, Numbers, OwnCell
 
 # The share of the images on which an attack makes the paths disagree, beyond those on which they do anyway.
 SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)
@@ -31,36 +34,50 @@ CEILING = 1e6  # of the evidence, so that it falls again within minutes once an 
 # evidence ever reaches 200 although it is not.
 BOUND_FAILS = 0.005
 ALARM = 200.0
+_BEGINNING: Numbers = (0, 1.0, *(0.0 for _ in SHARES))
 
 
 class Evidence:
-    """Evidence that the paths disagree on more images than a rate; the promise is that of the module."""
+    """Evidence that the paths disagree on more images than a rate; the promise is that of the module.
 
-    def __init__(self, rate: float) -> None:
-        """`rate`: in (0, 1), the null hypothesis."""
+    Workers that share its cell make one test of all their images, whose promise holds for as long as the cell is there.
+    """
+
+    def __init__(self, rate: float, cell: Cell | None = None) -> None:
+        """`rate`: in (0, 1), the null hypothesis. `cell`: keeps the bets; None: one of this process alone."""
         if not 0 < rate < 1:
             raise ValueError(f"a rate of {rate} is not between 0 and 1")
         rates = [rate + (1 - rate) * share for share in SHARES]
         self._won = [other / rate for other in rates]
         self._lost = [(1 - other) / (1 - rate) for other in rates]
-        self._bets = [0.0] * len(rates)
-        self._seen = 0
-        self._in_hand = 1.0
+        self._cell = cell or OwnCell()  # how many images were seen, what is in hand, and the bets
 
     def add(self, disagree: bool) -> None:
         """Take note of one image. Takes the same time however many came before."""
-        self._seen += 1
-        before, self._in_hand = self._in_hand, 1 / (1 + log1p(self._seen))
-        staked = (before - self._in_hand) / len(SHARES)
-        factors = self._won if disagree else self._lost
-        self._bets = [(bet + staked) * factor for bet, factor in zip(self._bets, factors, strict=True)]
-        if disagree and (total := sum(self._bets)) > CEILING:
-            self._bets = [bet * (CEILING / total) for bet in self._bets]
+        self.add_all((disagree,))
+
+    def add_all(self, disagree: Iterable[bool]) -> None:
+        """Take note of several images, one after the other."""
+
+        def noted(numbers: Numbers) -> Numbers:
+            seen, in_hand, *bets = numbers or _BEGINNING
+            for other in disagree:
+                seen += 1
+                before, in_hand = in_hand, 1 / (1 + log1p(seen))
+                staked = (before - in_hand) / len(SHARES)
+                factors = self._won if other else self._lost
+                bets = [(bet + staked) * factor for bet, factor in zip(bets, factors, strict=True)]
+                if other and (total := sum(bets)) > CEILING:
+                    bets = [bet * (CEILING / total) for bet in bets]
+            return seen, in_hand, *bets
+
+        self._cell.change(noted)
 
     @property
     def value(self) -> float:
         """The evidence: 1 at the start, and seldom much above it without an attack."""
-        return sum(self._bets) + self._in_hand
+        _, in_hand, *bets = self._cell.read() or _BEGINNING
+        return sum(bets) + in_hand
 
     @property
     def log10(self) -> float:

@@ -1,23 +1,17 @@
-"""The metrics of one process, for Prometheus: seconds and counts; histograms, never summaries."""
+"""The metrics of the service, for Prometheus: seconds and counts; histograms, never summaries."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from typing import Literal, get_args
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    disable_created_metrics,
-    generate_latest,
-)
-from prometheus_client.gc_collector import GCCollector
-from prometheus_client.platform_collector import PlatformCollector
-from prometheus_client.process_collector import ProcessCollector
+from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
 
+from carso.board.whole import TooManyNames, Whole
 from carso.bundle import Bundle, Disagreement
 from carso.choices import CUDA, Device, PathName, Precision
 from carso.inference.admission import Admission
@@ -25,7 +19,10 @@ from carso.inference.jobs import Ending, Outcome, Result, Spared, Step
 from carso.telemetry.cgroup import Cgroup
 from carso.telemetry.evidence import Evidence, upper_bound
 from carso.telemetry.gpus import Gpus
+from carso.telemetry.registries import Registries
 from carso.version import __version__
+
+log = logging.getLogger(__name__)
 
 # These are gauges beside every counter that tell when it began: half a page that nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -35,6 +32,7 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5
 ROWS = tuple(2**n for n in range(17))
 Stage = Literal["decode", "queue", "first_pass", "vote"]
 Cancelled = Literal["client_gone", "deadline", "stopping"]
+_EVIDENCE = "evidence"  # the cell of it; those of callers are below
 
 VOTES = (9, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048, 4096, 10_000)
 
@@ -42,28 +40,43 @@ VOTES = (9, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048
 class Metrics:
     """Counts what the service does. `step` is called on the engine's thread, all else on the event loop's.
 
-    docs/metrics.md says what each series means.
+    Of a service with workers, each worker counts what it does itself, and each shows the whole. docs/metrics.md says
+    what each series means.
     """
 
-    def __init__(self, bundle: Bundle, *, device: Device, provider: str, precision: Precision) -> None:
-        """`device` is what was asked for, `provider` what is in use."""
-        self._registry = registry = CollectorRegistry()
-        for collector in (ProcessCollector, PlatformCollector, GCCollector):
-            collector(registry=registry)
-        self._requests = Counter("carso_requests", "Requests answered.", ["endpoint", "status"], registry=registry)
-        self._duration = Histogram(
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        device: Device,
+        provider: str,
+        precision: Precision,
+        whole: Whole | None = None,
+        registries: Registries | None = None,
+    ) -> None:
+        """`device` is what was asked for, `provider` what is in use. `whole` and `registries`: those of the service
+        that is shown; None: this process is alone.
+        """
+        self._whole = whole or Whole()
+        registries = registries or Registries.alone()
+        self._registry, registry = registries.shown, registries.counting
+        self._counter, self._counting, histogram = registries.counter, registries.counting, registries.histogram
+        self._requests = self._counter(
+            "carso_requests", "Requests answered.", ["endpoint", "status"], registry=registry
+        )
+        self._duration = histogram(
             "carso_request_duration_seconds",
             "From a request's arrival to the end of its answer.",
             ["endpoint", "status"],
             buckets=SECONDS,
             registry=registry,
         )
-        self._refusals = Counter(
+        self._refusals = self._counter(
             "carso_rejections", "Requests that got an error, by its name.", ["reason"], registry=registry
         )
         self._callers: tuple[Counter, Counter] | None = None
         self._series: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
-        stages = Histogram(
+        stages = histogram(
             "carso_stage_duration_seconds",
             "Of requests that got an answer: decode (body to array), queue (until the first pass), first_pass, vote.",
             ["path", "stage"],
@@ -73,22 +86,24 @@ class Metrics:
         self._stages = {
             (path, stage): stages.labels(path, stage) for path in get_args(PathName) for stage in get_args(Stage)
         }
-        cancellations = Counter(
+        cancellations = self._counter(
             "carso_cancellations", "Requests whose work was ended before its time.", ["reason"], registry=registry
         )
         self._cancellations = {reason: cancellations.labels(reason) for reason in get_args(Cancelled)}
-        saved = Counter("carso_votes_saved", "Votes asked for and not cast.", ["reason"], registry=registry)
+        saved = self._counter("carso_votes_saved", "Votes asked for and not cast.", ["reason"], registry=registry)
         self._saved = {reason: saved.labels(reason) for reason in get_args(Spared)}
-        self._rounds = Counter("carso_rounds", "Rounds of votes.", registry=registry)
-        self._round_rows = Histogram("carso_round_rows", "Votes of one round.", buckets=ROWS, registry=registry)
-        self._round_duration = Histogram(
+        self._rounds = self._counter("carso_rounds", "Rounds of votes.", registry=registry)
+        self._round_rows = histogram("carso_round_rows", "Votes of one round.", buckets=ROWS, registry=registry)
+        self._round_duration = histogram(
             "carso_round_duration_seconds", "Of one round of votes.", buckets=SECONDS, registry=registry
         )
-        self._images = Counter("carso_first_pass_images", "Images that had their first pass.", registry=registry)
-        self._votes = Histogram("carso_votes_per_image", "Votes cast per image.", buckets=VOTES, registry=registry)
-        elections = Counter("carso_elections", "Elections by the rule that ended them.", ["rule"], registry=registry)
+        self._images = self._counter("carso_first_pass_images", "Images that had their first pass.", registry=registry)
+        self._votes = histogram("carso_votes_per_image", "Votes cast per image.", buckets=VOTES, registry=registry)
+        elections = self._counter(
+            "carso_elections", "Elections by the rule that ended them.", ["rule"], registry=registry
+        )
         self._elections = {ending: elections.labels(ending) for ending in get_args(Ending)}
-        agreement = Counter(
+        agreement = self._counter(
             "carso_path_agreement",
             "Images by whether fast and robust path gave the same label; a rise in disagreement may be an attack.",
             ["agree"],
@@ -96,10 +111,10 @@ class Metrics:
         )
         self._agreement = {agree: agreement.labels(str(agree).lower()) for agree in (False, True)}
         self._evidence: Evidence | None = None
-        self._caller_evidence: dict[str, Evidence] = {}
+        self._of_callers: dict[str, Evidence] = {}
         if bundle.manifest.disagreement is not None:
             self._compare(bundle.manifest.disagreement)
-        typical = Counter(
+        typical = self._counter(
             "carso_typical_images",
             "Images by whether they are like those that the bundle knows; others get labels that mean little.",
             ["path", "typical"],
@@ -114,23 +129,22 @@ class Metrics:
             "carso_build_info",
             "1; the labels say what is running.",
             ["version", "bundle", "bundle_version", "checksum", "device", "provider", "precision"],
-            registry=registry,
+            registry=self._registry,
         )
         manifest = bundle.manifest
         build.labels(__version__, manifest.name, manifest.version, bundle.checksum, device, provider, precision).set(1)
         if provider == CUDA and (gpus := Gpus.find()):
-            registry.register(gpus)
+            self._registry.register(gpus)
         if cgroup := Cgroup.find():
-            registry.register(cgroup)
+            self._registry.register(cgroup)
 
     def watch(
         self,
         *,
         admission: Mapping[PathName, Admission],
-        in_flight: Callable[[PathName], int],
         is_ready: Callable[[], bool],
     ) -> None:
-        """Show at every scrape what each path owes, how many requests it has, and whether the process is ready."""
+        """Show at every scrape what each path owes, how many requests it has, and whether the service is ready."""
         ready = Gauge(
             "carso_ready", "1: send requests; 0: draining, or the engine dead or stuck.", registry=self._registry
         )
@@ -150,7 +164,7 @@ class Metrics:
             rows.labels(path).set_function(partial(getattr, owed, "owed"))
             wait.labels(path).set_function(partial(getattr, owed, "wait"))
             pace.labels(path).set_function(partial(getattr, owed, "pace"))
-            jobs.labels(path).set_function(partial(in_flight, path))
+            jobs.labels(path).set_function(partial(getattr, owed, "jobs"))
 
     def watch_canary(self, ratio: Callable[[], float]) -> None:
         """Show at every scrape how many of the bundle's own samples are answered rightly."""
@@ -174,10 +188,10 @@ class Metrics:
     def caller(self, name: str, *, status: int, rows: int) -> None:
         """Count one answer to a caller that has a key, and the rows of work that it was charged for."""
         if self._callers is None:  # without keys, there are no such series
-            requests = Counter(
-                "carso_caller_requests", "Requests by key.", ["caller", "status"], registry=self._registry
+            requests = self._counter(
+                "carso_caller_requests", "Requests by key.", ["caller", "status"], registry=self._counting
             )
-            work = Counter("carso_caller_rows", "Rows of work done, by key.", ["caller"], registry=self._registry)
+            work = self._counter("carso_caller_rows", "Rows of work done, by key.", ["caller"], registry=self._counting)
             self._callers = requests, work
         requests, work = self._callers
         requests.labels(name, status).inc()
@@ -201,13 +215,14 @@ class Metrics:
 
         `caller`: the name of its key; None: the service asks for none.
         """
-        mine = self._evidence_of(caller)
+        disagree = []
         for outcome, agrees in zip(outcomes, agree, strict=True):
             self._votes.observe(outcome.votes)
             self._elections[outcome.ending].inc()
             self._agreement[agrees].inc()
-            for evidence in mine:
-                evidence.add(not agrees)
+            disagree.append(not agrees)
+        for evidence in self._evidence_of(caller):
+            evidence.add_all(disagree)
 
     def typical(self, path: PathName, typical: Iterable[bool]) -> None:
         """Count images by whether they are typical."""
@@ -235,14 +250,14 @@ class Metrics:
         )
         rate.set(clean.rate)
         if self._bound < 1:
-            self._evidence = Evidence(self._bound)
+            self._evidence = Evidence(self._bound, self._whole.cell(_EVIDENCE))
             total = Gauge(
                 "carso_attack_evidence",
                 "log10 of the evidence that the paths disagree more than on clean images; an alarm at 2.302.",
                 registry=self._registry,
             )
             total.set_function(partial(getattr, self._evidence, "log10"))
-            self._evidence_by_caller: Gauge | None = None
+            self._registry.register(_EvidenceByCaller(self._whole, self._bound))
 
     def _evidence_of(self, caller: str | None) -> list[Evidence]:
         """Return what takes note of a caller's images: at most one more for each name in the files of keys."""
@@ -250,17 +265,13 @@ class Metrics:
             return []
         if caller is None:
             return [self._evidence]
-        if caller not in self._caller_evidence:
-            self._caller_evidence[caller] = mine = Evidence(self._bound)
-            if self._evidence_by_caller is None:  # without keys, there are no such series
-                self._evidence_by_caller = Gauge(
-                    "carso_caller_attack_evidence",
-                    "As carso_attack_evidence, of the images of one key.",
-                    ["caller"],
-                    registry=self._registry,
-                )
-            self._evidence_by_caller.labels(caller).set_function(partial(getattr, mine, "log10"))
-        return [self._evidence, self._caller_evidence[caller]]
+        if caller not in self._of_callers:
+            try:
+                self._of_callers[caller] = Evidence(self._bound, self._whole.cell(f"{_EVIDENCE}/{caller}"))
+            except TooManyNames as e:
+                log.error("there is no evidence of attacks by the key of %s: %s", caller, e)
+                self._of_callers[caller] = Evidence(self._bound)  # which is not shown
+        return [self._evidence, self._of_callers[caller]]
 
     def _of_endpoint(self, endpoint: str, status: int) -> tuple[Counter, Histogram]:
         """Return the series themselves. They are kept: finding them by their labels takes longer than counting does."""
@@ -274,3 +285,23 @@ class Metrics:
     def page(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
+
+
+class _EvidenceByCaller(Collector):
+    """Shows the evidence of every caller, whichever worker it came to. Without keys, there are none."""
+
+    def __init__(self, whole: Whole, bound: float) -> None:
+        self._whole = whole
+        self._bound = bound
+
+    def collect(self) -> Iterator[Metric]:
+        cells = self._whole.cells(f"{_EVIDENCE}/")
+        if cells:
+            (family,) = self.describe()
+            for caller, cell in sorted(cells.items()):
+                family.add_metric([caller], Evidence(self._bound, cell).log10)
+            yield family
+
+    def describe(self) -> list[GaugeMetricFamily]:
+        text = "As carso_attack_evidence, of the images of one key."
+        return [GaugeMetricFamily("carso_caller_attack_evidence", text, labels=["caller"])]

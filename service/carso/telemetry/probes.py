@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from carso.board.whole import State, Whole
 from carso.errors import NotReady
 from carso.inference.engine import Engine
 
@@ -22,16 +23,25 @@ class Lifecycle:
 
 
 class Probes:
-    """Loading and the self-test were over before the port was opened; these look at what can change since."""
+    """Loading and the self-test were over before the port was opened; these look at what can change since.
 
-    def __init__(self, engine: Engine, lifecycle: Lifecycle, *, watchdog: float) -> None:
-        """`watchdog`: seconds that may go by with work in flight and no step of the engine's ended."""
+    A service with workers is ready while one of them is, because any worker may answer a probe, and those that are not
+    ready are being replaced or end.
+    """
+
+    def __init__(self, engine: Engine, lifecycle: Lifecycle, *, watchdog: float, whole: Whole | None = None) -> None:
+        """`watchdog`: seconds that may go by with work in flight and no step of the engine's ended. `whole`: the
+        service that is looked at; None: this process alone.
+        """
         self._engine = engine
         self._lifecycle = lifecycle
         self._watchdog = watchdog
+        self._whole = whole or Whole()
 
     def live(self) -> None:
         """Raise NotReady if only a restart helps."""
+        if self._whole.others(State.READY):
+            return
         if not self._engine.alive:
             raise NotReady("the engine is not running: restart this process, and see its log for the reason")
         if self._engine.stalled(self._watchdog):
@@ -39,9 +49,16 @@ class Probes:
 
     def ready(self) -> None:
         """Raise NotReady if requests should go elsewhere."""
-        if self._lifecycle.draining:
+        if self._whole.draining or (self._lifecycle.draining and not self._whole.others(State.READY)):
             raise NotReady("this process is stopping: send requests to another replica")
         self.live()
+
+    @property
+    def state(self) -> State:
+        """What this worker is doing."""
+        if not self._engine.alive or self._engine.stalled(self._watchdog):
+            return State.FAILED
+        return State.DRAINING if self._lifecycle.draining else State.READY
 
     @property
     def is_ready(self) -> bool:

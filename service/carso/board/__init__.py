@@ -1,0 +1,1 @@
+"""What the processes of one service share: nothing where it is one, and a piece of memory where it has workers."""
