@@ -14,13 +14,13 @@ import pytest
 PACKAGE = Path(carso.__file__).parent
 # From the bottom up. Files of one place may import each other, as long as they form no circle.
 ROOMS = (
-    ("choices", "complaints", "errors", "version", "samples", "bundle", "options", "settings", "board"),
+    ("choices", "complaints", "errors", "version", "samples", "bundle", "signing", "options", "settings", "board"),
     ("client", "images"),
     ("inference",),
     ("telemetry",),
     ("http",),
     ("api",),
-    ("app", "verification"),
+    ("app", "bundle_commands", "verification"),
     ("command",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}

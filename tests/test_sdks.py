@@ -3,38 +3,21 @@ pins versions that this project does not use. pip takes them from the package in
 
 from __future__ import annotations
 
-import fcntl
 import json
 import subprocess
-import sys
-import venv
 from pathlib import Path
 
 import httpx
 import pytest
 
 from tests.calls import PIXELS, VALUES, as_npy
+from tests.environments import python_with
 from tests.pictures import encoded, npy
 from tests.server import ROOT, Server
 
 pytestmark = pytest.mark.slow  # they install hundreds of megabytes
 
-CACHE = ROOT / ".pytest_cache" / "sdks"
 PACKAGES = {"kserve_sdk": "kserve==0.21.0", "mlserver_codecs": "mlserver==1.7.1"}
-
-
-def python_with(package: str) -> Path:
-    """The interpreter of an environment that holds one package, which is kept for later runs."""
-    folder = CACHE / f"{package}-{sys.version_info.major}.{sys.version_info.minor}"
-    interpreter = folder / "bin" / "python"
-    CACHE.mkdir(parents=True, exist_ok=True)
-    with (CACHE / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not (folder / "complete").exists():
-            venv.create(folder, with_pip=True, clear=True)
-            subprocess.run([interpreter, "-m", "pip", "install", "--quiet", "--no-compile", package], check=True)
-            (folder / "complete").touch()
-    return interpreter
 
 
 @pytest.mark.parametrize("program", PACKAGES)

@@ -45,6 +45,7 @@ from carso.inference.sessions import Sessions
 from carso.options import FastOptions, robust_options
 from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
+from carso.signing import PublicKey, UnusableKey
 from carso.telemetry.metrics import Metrics
 from carso.telemetry.probes import PROBES, Lifecycle, Probes
 from carso.telemetry.workers import registries
@@ -85,7 +86,8 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
     whole = whole or Whole()
     keys = _keys(settings, whole)
     tracing = _tracing(settings) if settings.tracing else None
-    bundle = Bundle.load(settings.bundle)
+    key = _public_key(settings)
+    bundle = Bundle.load(settings.bundle, key=key)
     manifest = bundle.manifest
     if manifest.samples > settings.max_samples:
         raise SettingsError(
@@ -165,7 +167,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         evidence=settings.evidence,
     )
     native.add_to(app)
-    operations.add_to(app, probes, metrics, _info(settings, bundle, sessions))
+    operations.add_to(app, probes, metrics, _info(settings, bundle, sessions, key))
     models = [
         Model(
             path,
@@ -293,6 +295,15 @@ def _keys(settings: Settings, whole: Whole) -> ApiKeys | None:
         raise SettingsError(f"{settings.called('api_keys_file')}: {e}") from None
 
 
+def _public_key(settings: Settings) -> PublicKey | None:
+    if settings.bundle_public_key is None:
+        return None
+    try:
+        return PublicKey.read(settings.bundle_public_key)
+    except UnusableKey as e:
+        raise SettingsError(f"{settings.called('bundle_public_key')}: {e}") from None
+
+
 def _reload(keys: ApiKeys | None) -> None:
     """Read the file of keys again. Requests in flight, which were let in, go on."""
     if keys is None:
@@ -317,10 +328,10 @@ def _tracing(settings: Settings) -> Tracing:
     return Tracing()
 
 
-def _info(settings: Settings, bundle: Bundle, sessions: Sessions) -> Info:
+def _info(settings: Settings, bundle: Bundle, sessions: Sessions, key: PublicKey | None) -> Info:
     return Info(
         version=__version__,
-        bundle=bundle_info(bundle),
+        bundle=bundle_info(bundle, signed_by=None if key is None else key.fingerprint),
         device=DeviceInfo(
             asked=settings.device,
             provider=sessions.provider,

@@ -8,8 +8,9 @@
     *.safetensors       weights, for further training and white-box evaluation; the service does not read them
     samples/            images, clean and attacked, with the answers that they got (``carso.samples``); optional
     MODEL_CARD.md       for people
+    model.sig           a signature of all of these (``carso.signing``), which the manifest does not list; optional
 
-No file is a pickle, and none is parsed before its checksum is verified.
+No file is a pickle, and none but the manifest is parsed before its checksum and the signature are verified.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -32,6 +33,7 @@ from carso.samples import INDEX, SAMPLES, Samples
 
 SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
+SIGNATURE = "model.sig"
 FIRST_PASS = "first_pass.onnx"  # noqa: S105 (the name of a graph)
 VOTE = "vote.onnx"
 VOTE_INT8 = "vote_int8.onnx"
@@ -251,6 +253,13 @@ class SelfTest:
     votes: np.ndarray  # [R] int64
 
 
+class Key(Protocol):
+    """What tells whether a bundle is signed: ``carso.signing.PublicKey``."""
+
+    def check(self, folder: Path, digests: Mapping[str, str]) -> None:
+        """Raise BundleError unless exactly these files, by their SHA-256, are signed in `folder`."""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """A bundle in memory: verified, and independent of its folder from now on."""
@@ -270,11 +279,23 @@ class Bundle:
         """What votes in int8 change; nothing, if there is no graph to cast them."""
         return () if self.vote_int8 is None else self.manifest.recounts
 
+    @property
+    def digests(self) -> dict[str, str]:
+        """The SHA-256 of every file, the manifest's too; model.sig is not one of them."""
+        return {MANIFEST: self.checksum, **self.manifest.files}
+
     @classmethod
-    def load(cls, folder: Path) -> Bundle:
-        """Read and verify a bundle. Raises BundleError."""
+    def load(cls, folder: Path, *, key: Key | None = None) -> Bundle:
+        """Read and verify a bundle. Raises BundleError.
+
+        `key`: whose signature it must have, over these files and no others. None: any bundle will do.
+        """
         content = _read(folder / MANIFEST)
         manifest = _parse(folder / MANIFEST, content)
+        checksum = hashlib.sha256(content).hexdigest()
+        if key is not None:
+            key.check(folder, {MANIFEST: checksum, **manifest.files})
+            _alone(folder, manifest)
         files = {}
         for name, expected in manifest.files.items():
             data = _read(folder / name)
@@ -289,7 +310,7 @@ class Bundle:
         return cls(
             folder=folder,
             manifest=manifest,
-            checksum=hashlib.sha256(content).hexdigest(),
+            checksum=checksum,
             first_pass=files[FIRST_PASS],
             vote=files[VOTE],
             vote_int8=files.get(VOTE_INT8),
@@ -308,11 +329,23 @@ def sealed(folder: Path, manifest: dict[str, Any]) -> Manifest:
     files = {
         path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in sorted([*folder.iterdir(), *folder.glob(f"{SAMPLES}/*")])
-        if path.is_file() and path.name != MANIFEST
+        if path.is_file() and path.name not in (MANIFEST, SIGNATURE)
     }
     complete = Manifest.model_validate({"schema_version": SCHEMA_VERSION, **manifest, "files": files})
     (folder / MANIFEST).write_text(complete.model_dump_json(indent=2) + "\n")
     return complete
+
+
+def strangers(folder: Path, manifest: Manifest) -> list[str]:
+    """List the files in a bundle's folder that are none of the bundle's, by their path in it."""
+    known = {MANIFEST, SIGNATURE, *manifest.files}
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return sorted(found - known)
+
+
+def _alone(folder: Path, manifest: Manifest) -> None:
+    if found := strangers(folder, manifest):
+        raise BundleError(f"{folder / found[0]} is no file of the bundle, and is not signed. Remove it.")
 
 
 def _read(path: Path) -> bytes:

@@ -49,7 +49,7 @@ def command_line(*, with_settings: bool = True) -> Any:
     """
     import typer
 
-    from carso import verification
+    from carso import bundle_commands, verification
     from carso.client import commands
 
     app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -72,6 +72,7 @@ def command_line(*, with_settings: bool = True) -> Any:
     serve.__signature__ = inspect.Signature(_options() if with_settings else ())  # type: ignore[attr-defined]  # PEP 362
     for part in (serve, commands.classify, commands.info, commands.bench, verification.verify):
         app.command()(part)
+    app.add_typer(bundle_commands.group(), name="bundle")
     return app
 
 

@@ -213,6 +213,12 @@ class Settings(BaseModel):
         "work per second. Callers must send one of the keys; probes, metrics and /docs need none. SIGHUP reads it "
         "again.",
     )
+    bundle_public_key: FilePath | None = _security(
+        default=None,
+        shown="none: a bundle needs no signature",
+        description="File of a public key (PEM). The service then starts only with a bundle that has this key's "
+        "signature: see `carso bundle sign`.",
+    )
     allow_seed: bool = _security(
         default=True,
         description="Let callers choose the seed of the latents. Turn this off where callers are not trusted: with "

@@ -337,6 +337,14 @@ def test_a_bundle_out_of_a_volume_is_mounted_where_the_service_reads_it(tmp_path
     assert re.search(r"CARSO_BUNDLE=([^\s\\]+)", _dockerfile())[1] == mount["mountPath"]
 
 
+def test_a_key_for_bundles_is_read_from_a_file_of_the_config_map(tmp_path: Path) -> None:
+    (spec,) = pod_specs(objects(rendered_with("cpu", ("bundle-signature",), tmp_path / "overlay")))
+    (container,), (volume,) = spec["containers"], spec["volumes"]
+    (mount,) = container["volumeMounts"]
+    file = Path(environment(container)["CARSO_BUNDLE_PUBLIC_KEY"])
+    assert (str(file.parent), volume["configMap"]["name"]) == (mount["mountPath"], "carso-bundle-key")
+
+
 def test_a_bundle_image_fills_the_folder_that_the_service_reads(tmp_path: Path) -> None:
     (spec,) = pod_specs(objects(rendered_with("cpu", ("bundle",), tmp_path / "overlay")))
     (copier,), (container,) = spec["initContainers"], spec["containers"]

@@ -156,6 +156,10 @@ class BundleInfo(BundleName):
     typical: Typical | None = Field(
         description="The thresholds of typical images, and what they flag; null: this bundle cannot tell."
     )
+    signed_by: str | None = Field(
+        description="SHA-256 of the public key (PEM) that verified the bundle's signature at the start; null: the "
+        "service was not told to verify it."
+    )
 
 
 class Limits(_Answer):
@@ -203,7 +207,7 @@ def bundle_name(bundle: Bundle) -> dict[str, str]:
     return {"name": bundle.manifest.name, "version": bundle.manifest.version, "checksum": bundle.checksum}
 
 
-def bundle_info(bundle: Bundle) -> BundleInfo:
+def bundle_info(bundle: Bundle, *, signed_by: str | None) -> BundleInfo:
     """Return what /info tells of a bundle."""
     manifest = bundle.manifest
     return BundleInfo(
@@ -216,6 +220,7 @@ def bundle_info(bundle: Bundle) -> BundleInfo:
         samples=manifest.samples,
         table=manifest.table,
         typical=manifest.typical,
+        signed_by=signed_by,
     )
 
 
