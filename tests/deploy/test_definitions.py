@@ -90,7 +90,7 @@ def test_a_lock_has_the_versions_that_the_tests_run_with(name: str) -> None:
     assert {package: version for package, version in locked(name).items() if package in pins}.items() <= pins.items()
 
 
-@pytest.mark.parametrize("name", [*LOCKS, "build"])
+@pytest.mark.parametrize("name", [*LOCKS, "build", "sbom"])
 def test_every_file_of_a_lock_is_known_by_its_hash(name: str) -> None:
     lock = (ROOT / f"docker/requirements-{name}.txt").read_text()
     for package in re.split(r"\n(?=\w)", lock.partition("docker/lock\n")[2]):
@@ -99,7 +99,7 @@ def test_every_file_of_a_lock_is_known_by_its_hash(name: str) -> None:
 
 def test_everything_that_an_image_installs_is_locked() -> None:
     installs = re.findall(r"pip[^\n]* install (?:[^\\\n]|\\\n)*", DOCKERFILE)
-    assert len(installs) == 5
+    assert len(installs) == 6
     assert all("--require-hashes" in install or "--no-index" in install for install in installs)
 
 

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from io import BytesIO
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -85,6 +86,27 @@ def test_docker_finds_it_healthy(container: Container) -> None:
 def test_the_health_check_fails_where_nothing_listens() -> None:
     command = ("--rm", "--entrypoint", "python", CPU, "/opt/healthcheck.py")
     assert docker("run", *HARDENED, *command, check=False).returncode == 1
+
+
+@pytest.mark.parametrize("image", IMAGES)
+def test_the_sbom_lists_every_package_of_the_image(image: str) -> None:
+    path = re.search(r"--output-file (\S+)", (ROOT / "docker/Dockerfile").read_text())[1]
+    assert f"--entrypoint cat carso:cpu {path} >" in (ROOT / "docs/deploy.md").read_text()
+    sbom = json.loads(docker("run", "--rm", "--entrypoint", "cat", image, path).stdout)
+    assert (sbom["bomFormat"], sbom["specVersion"]) == ("CycloneDX", "1.6")
+    main = sbom["metadata"]["component"]
+    assert (main["name"], main["version"], main["licenses"][0]["license"]["id"]) == ("carso", __version__, "Apache-2.0")
+    program = "import importlib.metadata as m; print(*(f'{d.name}@{d.version}' for d in m.distributions()), sep='\\n')"
+    installed = docker("run", "--rm", "--entrypoint", "python", image, "-c", program).stdout.split()
+    listed = [unquote(component["purl"]).removeprefix("pkg:pypi/") for component in sbom["components"]]
+    assert sorted(map(_normal, [*listed, f"carso@{__version__}"])) == sorted(map(_normal, installed))
+    relied_on = {entry["ref"]: entry.get("dependsOn", []) for entry in sbom["dependencies"]}
+    assert relied_on[main["bom-ref"]], "what the service itself depends on"
+
+
+def _normal(package: str) -> str:
+    name, _, version = package.partition("@")
+    return f"{re.sub('[-_.]+', '-', name).lower()}@{version}"
 
 
 @needs_cpu
