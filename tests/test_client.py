@@ -134,7 +134,7 @@ def test_every_way_to_give_images_gets_the_services_answer(carso, client, tmp_pa
         (Image.open(io.BytesIO(PNG)), 1),
     ]:
         result = carso.classify(images, **options)
-        assert [p.model_dump(mode="json") for p in result.predictions] == expected[:count]
+        assert [p.model_dump(mode="json", exclude_unset=True) for p in result.predictions] == expected[:count]
 
 
 def test_the_fast_path_gives_probabilities(carso, client):
@@ -240,7 +240,10 @@ def test_probes_say_no_where_nobody_answers_or_the_service_does(connect):
     ("ours", "theirs"),
     [
         (results.RobustResult, answers.RobustAnswer),
-        (results.RobustPrediction, answers.RobustPrediction),
+        (results.RobustPrediction, answers.ExplainedPrediction),
+        (results.Explanation, answers.Explanation),
+        (results.ExplainedVote, answers.ExplainedVote),
+        (results.ExplainedFirstPass, answers.ExplainedFirstPass),
         (results.FastResult, answers.FastAnswer),
         (results.FastPrediction, answers.FastPrediction),
         (results.Timings, answers.RobustTimings),

@@ -8,11 +8,11 @@ from urllib.parse import urlencode
 import pytest
 from carso.errors import ConflictingParameters, InvalidParameter, RequestError, UnknownParameter
 from carso.inference.pipeline import MAX_SEED
-from carso.options import FastOptions, parse, robust_options
+from carso.options import FastOptions, RobustOptions, parse, robust_options
 from hypothesis import given
 from hypothesis import strategies as st
 
-ROBUST = robust_options(samples=1500, max_samples=2000, risk=1e-3)
+ROBUST = robust_options(RobustOptions, samples=1500, max_samples=2000, risk=1e-3)
 
 given_options = st.fixed_dictionaries(
     {},

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
         UnusableVariable,
     )
     from carso.client.images import Image, Images
-    from carso.client.results import FastPrediction, FastResult, Info, RobustPrediction, RobustResult
+    from carso.client.results import Explanation, FastPrediction, FastResult, Info, RobustPrediction, RobustResult
     from carso.version import __version__
 
 __all__ = [
@@ -31,6 +31,7 @@ __all__ = [
     "CarsoError",
     "Client",
     "DeadlineExceeded",
+    "Explanation",
     "FastPrediction",
     "FastResult",
     "Image",
@@ -56,7 +57,7 @@ _HOMES = {
         "UnusableVariable",
     ),
     "carso.client.images": ("Image", "Images"),
-    "carso.client.results": ("FastPrediction", "FastResult", "Info", "RobustPrediction", "RobustResult"),
+    "carso.client.results": ("Explanation", "FastPrediction", "FastResult", "Info", "RobustPrediction", "RobustResult"),
     "carso.version": ("__version__",),
 }
 

@@ -42,7 +42,7 @@ from carso.inference.pipeline import Pipeline
 from carso.inference.processors import give_way
 from carso.inference.runtime import check_runtime
 from carso.inference.sessions import Sessions
-from carso.options import FastOptions, robust_options
+from carso.options import ExplainedOptions, FastOptions, RobustOptions, robust_options
 from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
 from carso.signing import PublicKey, UnusableKey
@@ -142,7 +142,9 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         redirect_slashes=False,  # a redirect would repeat the Host that the client sent, and forget https
         root_path=settings.root_path,
     )
-    options = robust_options(samples=manifest.samples, max_samples=settings.max_samples, risk=settings.risk)
+    limits = {"samples": manifest.samples, "max_samples": settings.max_samples}
+    options = robust_options(RobustOptions, **limits, risk=settings.risk)
+    explained_options = robust_options(ExplainedOptions, **limits, risk=settings.risk)
     reader = Reader(manifest.input, max_images=settings.max_images, max_pixels=settings.max_pixels)
     _, height, width = manifest.input.shape
     intake = Intake(reader.read, pool, pixels=height * width)
@@ -160,7 +162,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         classification,
         intake,
         bundle,
-        options,
+        explained_options,
         provider=provider,
         precision=precision.precision,
         max_images=settings.max_images,

@@ -54,6 +54,10 @@ class SeedRefused(RequestError):
     """The operator does not let callers choose the seed."""
 
 
+class EvidenceWithheld(RequestError):
+    """The operator withholds what the answer would show."""
+
+
 class NotFound(RequestError):
     """No such path."""
 

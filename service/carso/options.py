@@ -84,12 +84,28 @@ class RobustOptions(FastOptions):
 Options = TypeVar("Options", bound=FastOptions)
 
 
-def robust_options(*, samples: int, max_samples: int, risk: float) -> type[RobustOptions]:
-    """Return RobustOptions with the bundle's `samples`, and the operator's `max_samples` and `risk`."""
+MAX_EXPLAINED = 8  # images of one request
+
+
+class ExplainedOptions(RobustOptions):
+    """The options of /classify, whose answers may hold pictures; tensors of the other protocol do not."""
+
+    explain: bool = Field(
+        default=False,
+        description="Show what the votes were cast on: purified images as PNG, and what the first pass saw. For at "
+        f"most {MAX_EXPLAINED} images. The operator may refuse it (403).",
+    )
+
+
+Robust = TypeVar("Robust", bound=RobustOptions)
+
+
+def robust_options(base: type[Robust], *, samples: int, max_samples: int, risk: float) -> type[Robust]:
+    """Return the options `base` with the bundle's `samples`, and the operator's `max_samples` and `risk`."""
     fields = RobustOptions.model_fields
     return create_model(
         "RobustOptions",
-        __base__=RobustOptions,
+        __base__=base,
         samples=(int, Field(default=samples, ge=1, le=max_samples, description=fields["samples"].description)),
         risk=(Risk, Field(default=risk, description=fields["risk"].description)),
     )

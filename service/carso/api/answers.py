@@ -6,15 +6,17 @@ would cost more than the first pass does. The tests hold them against the models
 
 from __future__ import annotations
 
+import base64
 import hashlib
 from collections.abc import Iterator
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from carso.bundle import Bundle, Cell, InputSpec, Typical
 from carso.choices import Checked, Device, Evidence, Precision, PrecisionAsked, Untypical
+from carso.images.rendering import as_png
 from carso.inference.jobs import Ending, Result, Times, VotePlan
 
 
@@ -87,6 +89,41 @@ class RobustLabel(Label):
     complete: bool = Field(description="False if the deadline ended the count, before it reached `risk`.")
 
 
+Png = Annotated[str, WithJsonSchema({"type": "string", "contentEncoding": "base64", "contentMediaType": "image/png"})]
+
+
+class ExplainedVote(_Answer):
+    """One of the first votes."""
+
+    label: int
+    class_name: str
+    image: Png = Field(description="What it was cast on.")
+
+
+class ExplainedFirstPass(_Answer):
+    """What the fast path says of the same image."""
+
+    label: int
+    class_name: str
+    probabilities: list[float] = Field(description="Of each class, in order.")
+
+
+class Explanation(_Answer):
+    """What the votes of one image were cast on. Pictures are PNG in base64, of the bundle's size."""
+
+    input: Png = Field(description="The image as it was read.")
+    purified: Png = Field(
+        description="The purified version with which `typical` compares the image: that of the latent 0."
+    )
+    distance: float = Field(
+        description="The mean of |image - purified|; `excess` is the part of it that no allowed change explains."
+    )
+    mean: Png = Field(description="The mean of the purified images of the first votes.")
+    averaged: int = Field(description="How many purified images it is the mean of.")
+    votes: list[ExplainedVote] = Field(description="The first votes, and the purified images that they were cast on.")
+    first_pass: ExplainedFirstPass
+
+
 class RobustPrediction(RobustLabel):
     """What the vote says of one image."""
 
@@ -108,6 +145,12 @@ class RobustPrediction(RobustLabel):
     agree: bool = Field(description="Whether both paths give the same label.")
 
 
+class ExplainedPrediction(RobustPrediction):
+    """The same, with what the votes were cast on if that was asked for."""
+
+    explanation: Explanation | None = Field(default=None, description="With explain=true, and absent without.")
+
+
 class _Trailer(_Answer):
     bundle: BundleName
     provider: str = Field(description="ONNX Runtime's execution provider in use.")
@@ -124,7 +167,7 @@ class FastAnswer(_Trailer):
 class RobustAnswer(_Trailer):
     """The answer of /classify. It holds all that its count depends on: `carso verify` counts again."""
 
-    predictions: list[RobustPrediction] = Field(description="One per image, in the order sent.")
+    predictions: list[ExplainedPrediction] = Field(description="One per image, in the order sent.")
     images: list[str] = Field(description="SHA-256 of each image as it was read: float32, [C, H, W], little-endian.")
     options: dict[str, Any] = Field(description="Every option of the request, those that were not given included.")
     precision: Precision = Field(description="Of the votes.")
@@ -257,6 +300,31 @@ def robust_predictions(
             result.outcomes, _first_pass(result), _typical(result, bounds), strict=True
         )
     ]
+
+
+def explanations(images: np.ndarray, result: Result, classes: tuple[str, ...], spec: InputSpec) -> list[dict[str, Any]]:
+    """Return an Explanation of each of `images` [n, *shape], whose votes `result` explains."""
+    return [
+        {
+            "input": _picture(image, spec),
+            "purified": _picture(found.purified, spec),
+            "distance": found.distance,
+            "mean": _picture(found.mean, spec),
+            "averaged": found.averaged,
+            "votes": [
+                {"label": label, "class_name": classes[label], "image": _picture(shown, spec)}
+                for label, shown in zip(found.votes, found.shown, strict=True)
+            ],
+            "first_pass": {"label": label, "class_name": classes[label], "probabilities": probabilities},
+        }
+        for image, found, (label, probabilities) in zip(
+            images, result.explanations or (), _first_pass(result), strict=True
+        )
+    ]
+
+
+def _picture(image: np.ndarray, spec: InputSpec) -> str:
+    return base64.b64encode(as_png(image, low=spec.low, high=spec.high)).decode()
 
 
 TYPICAL_FIELDS = frozenset(("typical", "excess", "contrast"))  # absent where nobody asked the purifier

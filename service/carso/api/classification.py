@@ -19,6 +19,7 @@ from carso.choices import Evidence, PathName, Untypical
 from carso.errors import ClientGone, DeadlineExceeded, SeedRefused, UntypicalImage
 from carso.http.disconnect import WhileConnected
 from carso.http.exchange import Exchange
+from carso.inference import explanation
 from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineStopped
 from carso.inference.jobs import Job, Result, VotePlan
@@ -32,6 +33,7 @@ class Classified:
 
     predictions: list[dict[str, Any]]  # as answers.RobustPrediction or FastPrediction, or what evidence callers may see
     timings: dict[str, float] | None  # None: withheld
+    result: Result  # what they are made of
 
 
 class Classification:
@@ -74,12 +76,15 @@ class Classification:
         result = await self._run(request, Job(images))
         self._metrics.result("fast", result, decode=decode)
         timings = answers.fast_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
-        return self._told(exchange, "fast", answers.fast_predictions(result, self._classes, self._bounds), timings)
+        predictions = answers.fast_predictions(result, self._classes, self._bounds)
+        return self._told(exchange, "fast", result, predictions, timings)
 
     async def robust(
-        self, request: Request, images: np.ndarray, options: RobustOptions, *, decode: float
+        self, request: Request, images: np.ndarray, options: RobustOptions, *, decode: float, explain: bool = False
     ) -> Classified:
         """Answer with both passes of `images` [n, *shape] float32, which took `decode` seconds to decode.
+
+        `explain`: whether the result has explanations.
 
         Raises SeedRefused, DeadlineExceeded, UntypicalImage, QueueFull, ClientGone, and the engine's errors.
         """
@@ -88,7 +93,7 @@ class Classification:
         exchange = Exchange.of(request.scope)
         plan = VotePlan(samples=options.samples, risk=options.risk, seed=options.seed)
         deadline = None if options.deadline_ms is None else exchange.arrived + options.deadline_ms / 1e3
-        result = await self._run(request, Job(images, plan, deadline))
+        result = await self._run(request, Job(images, plan, deadline, explain=explain))
 
         if any(outcome.ending == "deadline" for outcome in result.outcomes):
             self._metrics.cancellation("deadline")
@@ -105,10 +110,15 @@ class Classification:
         exchange.votes = sum(outcome.votes for outcome in result.outcomes)
         exchange.agree = sum(agree)
         timings = answers.robust_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
-        return self._told(exchange, "robust", predictions, timings)
+        return self._told(exchange, "robust", result, predictions, timings)
 
     def _told(
-        self, exchange: Exchange, path: PathName, predictions: list[dict[str, Any]], timings: dict[str, float]
+        self,
+        exchange: Exchange,
+        path: PathName,
+        result: Result,
+        predictions: list[dict[str, Any]],
+        timings: dict[str, float],
     ) -> Classified:
         exchange.labels = [prediction["label"] for prediction in predictions]
         exchange.timings = timings
@@ -116,8 +126,8 @@ class Classification:
         if self._refuses_untypical:
             self._check_typical(predictions)
         if self._label_only:
-            return Classified([answers.label_only(prediction) for prediction in predictions], None)
-        return Classified(predictions, timings)
+            return Classified([answers.label_only(prediction) for prediction in predictions], None, result)
+        return Classified(predictions, timings, result)
 
     def _check_typical(self, predictions: list[dict[str, Any]]) -> None:
         """Raise UntypicalImage if one of the images is not typical."""
@@ -150,6 +160,7 @@ class Classification:
         except EngineStopped:
             self._metrics.cancellation("stopping")
             raise
-        exchange.settle(len(job.images) + sum(outcome.votes for outcome in result.outcomes) - job.rows)
+        explained = explanation.ROWS * len(result.explanations or ())
+        exchange.settle(len(job.images) + sum(outcome.votes for outcome in result.outcomes) + explained - job.rows)
         self._trace(job, result)
         return result

@@ -17,10 +17,14 @@ from carso.api.classification import Classification, Classified
 from carso.api.intake import Intake
 from carso.bundle import Bundle
 from carso.choices import Evidence, Precision
+from carso.errors import EvidenceWithheld, TooManyImages
 from carso.http.exchange import Exchange
 from carso.images import bodies, json_values
 from carso.images.numbers import Source
-from carso.options import FastOptions, Options, RobustOptions, parse
+from carso.inference.explanation import SHOWN
+from carso.options import MAX_EXPLAINED, ExplainedOptions, FastOptions, Options, parse
+
+PICTURES = 3 + SHOWN  # of one explanation, at most
 
 
 class Native:
@@ -31,7 +35,7 @@ class Native:
         classification: Classification,
         intake: Intake,
         bundle: Bundle,
-        robust_options: type[RobustOptions],
+        robust_options: type[ExplainedOptions],
         *,
         provider: str,
         precision: Precision,
@@ -43,6 +47,7 @@ class Native:
         self._intake = intake
         self._robust_options = robust_options
         self._spec = bundle.manifest.input
+        self._classes = bundle.manifest.classes
         self._max_images = max_images
         self._max_values = json_values.limit(self._spec.shape)
         self._evidence = evidence
@@ -58,7 +63,7 @@ class Native:
             self.robust,
             summary="Classify by vote over purified images (the robust path)",
             answer=answers.RobustAnswer if full else answers.RobustLabels,
-            errors=openapi.NATIVE_ERRORS + openapi.ROBUST_ERRORS,
+            errors=openapi.NATIVE_ERRORS + openapi.ROBUST_ERRORS + openapi.EXPLAINED_ERRORS,
             extra=openapi.operation(self._robust_options, self._spec, max_images=self._max_images),
         )
         openapi.add_endpoint(
@@ -81,13 +86,34 @@ class Native:
         """Answer by both passes and the vote."""
         self._classification.check("robust")
         images, options, decode = await self._read(request, self._robust_options)
-        classified = await self._classification.robust(request, images, options, decode=decode)
+        if options.explain:
+            self._check_explained(images)
+        classified = await self._classification.robust(request, images, options, decode=decode, explain=options.explain)
         if self._evidence == "label":
             return self._answer(request, classified)
         made_of = partial(answers.digests, images)
         digests = await self._intake.parse(made_of, size=images.nbytes, receive=request.receive)
+        if options.explain:
+            draw = partial(self._explain, images, classified)
+            await self._intake.parse(draw, size=PICTURES * images.nbytes, receive=request.receive)
         receipt = {"images": digests, "options": options.model_dump(), "precision": self._precision}
         return self._answer(request, classified, receipt)
+
+    def _check_explained(self, images: np.ndarray) -> None:
+        """Raise EvidenceWithheld or TooManyImages, before any work is done, if these are not explained here."""
+        if self._evidence == "label":
+            raise EvidenceWithheld("this service answers with labels only, and explains none: leave explain out")
+        if len(images) > MAX_EXPLAINED:
+            raise TooManyImages(
+                f"explain=true takes at most {MAX_EXPLAINED} images, and this request has {len(images)}: send several "
+                "requests, or leave it out"
+            )
+
+    def _explain(self, images: np.ndarray, classified: Classified) -> None:
+        """Add to each prediction what its votes were cast on."""
+        explanations = answers.explanations(images, classified.result, self._classes, self._spec)
+        for prediction, explanation in zip(classified.predictions, explanations, strict=True):
+            prediction["explanation"] = explanation
 
     async def _read(self, request: Request, model: type[Options]) -> tuple[np.ndarray, Options, float]:
         """Return the images and options of a request, and the seconds that reading them took once the body was here."""

@@ -25,6 +25,7 @@ from carso.options import FastOptions
 Errors = tuple[type[e.RequestError], ...]
 
 ROBUST_ERRORS: Errors = (e.SeedRefused, e.DeadlineExceeded)
+EXPLAINED_ERRORS: Errors = (e.EvidenceWithheld,)
 _CLASSIFICATION_ERRORS: Errors = (
     e.UndecodableImage,
     e.UndecodableJson,

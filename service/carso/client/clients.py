@@ -139,6 +139,7 @@ class Client(_Calls):
         fit: Fit = "pad",
         invert: bool = False,
         background: str | None = None,
+        explain: bool = False,
         deadline: float | None = None,
     ) -> RobustResult:
         """Classify images on the robust path: both passes, and a vote.
@@ -154,15 +155,23 @@ class Client(_Calls):
         to 2^53 - 1; the same request with the same seed gets the same votes. `resize`: scale encoded images of another
         height and width, instead of having them refused; arrays are never scaled. `fit`: "pad" keeps their
         proportions, "stretch" does not. `invert`: turn every value round, as for dark ink on white paper.
-        `background`: what transparent pixels show: "white", "black", or a colour as "RRGGBB". `deadline`: seconds for
-        everything, retries included; the service is told what is left of it, and answers by then with the votes cast so
-        far (`complete` is False). What is None is the service's default.
+        `background`: what transparent pixels show: "white", "black", or a colour as "RRGGBB". `explain`: show what the
+        votes were cast on, for at most 8 images. `deadline`: seconds for everything, retries included; the service is
+        told what is left of it, and answers by then with the votes cast so far (`complete` is False). What is None is
+        the service's default.
 
         Returns one prediction per image, in the order sent. Raises RequestRefused, Unavailable, DeadlineExceeded,
         UnexpectedAnswer; OSError for a file that cannot be read; TypeError and ValueError for what cannot be sent.
         """
         options = _options(
-            samples=samples, risk=risk, seed=seed, resize=resize, fit=fit, invert=invert, background=background
+            samples=samples,
+            risk=risk,
+            seed=seed,
+            resize=resize,
+            fit=fit,
+            invert=invert,
+            background=background,
+            explain=explain or None,
         )
         return self._run(self._robust(images, options, deadline))
 
@@ -285,6 +294,7 @@ class AsyncClient(_Calls):
         fit: Fit = "pad",
         invert: bool = False,
         background: str | None = None,
+        explain: bool = False,
         deadline: float | None = None,
     ) -> RobustResult:
         """Classify images on the robust path, as `Client.classify` does.
@@ -292,7 +302,14 @@ class AsyncClient(_Calls):
         (prediction,) = (await client.classify("digit.png", risk=0)).predictions
         """
         options = _options(
-            samples=samples, risk=risk, seed=seed, resize=resize, fit=fit, invert=invert, background=background
+            samples=samples,
+            risk=risk,
+            seed=seed,
+            resize=resize,
+            fit=fit,
+            invert=invert,
+            background=background,
+            explain=explain or None,
         )
         return await self._run(self._robust(images, options, deadline))
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import glob
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -67,6 +68,12 @@ def classify(
     background: Annotated[
         str | None, typer.Option(help="What transparent pixels show: white, black or a colour as RRGGBB.")
     ] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="Write a picture of each image's vote into this folder, and show it if possible."
+        ),
+    ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -74,8 +81,12 @@ def classify(
 
     If a file cannot be read or is refused, the others are still classified.
     """
-    if fast and (samples, risk, seed) != (None, None, None):
-        raise typer.BadParameter("--samples, --risk and --seed are for the robust path: leave out these, or --fast")
+    if fast and (samples, risk, seed, explain) != (None, None, None, None):
+        raise typer.BadParameter(
+            "--samples, --risk, --seed and --explain are for the robust path: leave out these, or --fast"
+        )
+    if explain is not None:
+        _check_pictures(explain)
     from carso import CarsoError, Client, DeadlineExceeded, RequestRefused
     from carso.client import tables
 
@@ -96,6 +107,7 @@ def classify(
             fit=fit,
             invert=invert,
             background=background,
+            explain=explain is not None,
             deadline=deadline,
         )
 
@@ -119,6 +131,8 @@ def classify(
                 if as_json:
                     tables.print_json({"file": name, **tables.sent(prediction), "request_id": result.request_id})
                 rows.append((name, prediction))
+                if explain is not None:
+                    _draw(explain, len(rows), file, prediction, show=not as_json)
     if rows and not as_json:
         heads = tables.FAST_HEADS if fast else tables.ROBUST_HEADS
         tables.print_table(heads, [tables.row(*row) for row in rows])
@@ -127,6 +141,32 @@ def classify(
             _complain(warning)
     if failed:
         raise typer.Exit(FAILED)
+
+
+def _check_pictures(folder: Path) -> None:
+    """Make the folder of the pictures. Ends with exit status 2 if that, or drawing, is not possible."""
+    try:
+        import PIL  # noqa: F401
+    except ImportError:
+        raise typer.BadParameter("--explain draws with Pillow, which is not installed: pip install pillow") from None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise typer.BadParameter(f"--explain: {folder} cannot be a folder of pictures: {e.strerror}") from None
+
+
+def _draw(folder: Path, number: int, file: Path, prediction: Prediction, *, show: bool) -> None:
+    """Write the picture of a prediction, and show it if a terminal can."""
+    from carso import RobustPrediction
+    from carso.client.drawing import picture
+    from carso.client.terminals import shown
+
+    assert isinstance(prediction, RobustPrediction)  # noqa: S101  --fast and --explain do not go together
+    png = picture(prediction)
+    path = folder / f"{number:04d}-{'stdin' if file == STANDARD_INPUT else file.stem}.png"
+    path.write_bytes(png)
+    if show and sys.stdout.isatty() and (text := shown(png, os.environ)):
+        typer.echo(text, nl=False)
 
 
 def info(*, as_json: Json = False, url: Url = DEFAULT_URL) -> None:

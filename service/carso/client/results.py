@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Base64Bytes, BaseModel, ConfigDict
 
 
 class _Value(BaseModel):
@@ -39,6 +39,34 @@ class FastPrediction(_Value):
     probabilities: tuple[float, ...] | None = None  # of each class, in order
 
 
+class ExplainedVote(_Value):
+    """One of the first votes."""
+
+    label: int
+    class_name: str
+    image: Base64Bytes  # PNG: the purified image that it was cast on
+
+
+class ExplainedFirstPass(_Value):
+    """What the fast path says of the same image."""
+
+    label: int
+    class_name: str
+    probabilities: tuple[float, ...]  # of each class, in order
+
+
+class Explanation(_Value):
+    """What the votes of one image were cast on. Pictures are PNG files."""
+
+    input: Base64Bytes  # the image as the service read it
+    purified: Base64Bytes  # the version with which `typical` compares it
+    distance: float  # the mean of |image - purified|
+    mean: Base64Bytes  # of the purified images of the first votes
+    averaged: int  # how many it is the mean of
+    votes: tuple[ExplainedVote, ...]  # the first ones
+    first_pass: ExplainedFirstPass
+
+
 class RobustPrediction(_Value):
     """What the robust path says of one image, and how the vote came out."""
 
@@ -58,6 +86,7 @@ class RobustPrediction(_Value):
     seed: int | None = None  # of this image's latents
     fast_label: int | None = None  # what the fast path says
     agree: bool | None = None  # whether both paths say the same; if not, the image may have been manipulated
+    explanation: Explanation | None = None  # with explain=True
 
 
 class Timings(_Value):

@@ -15,7 +15,7 @@ _STATUSES: dict[int, tuple[type[RequestError], ...]] = {
         errors.MalformedRequest,
     ),
     401: (errors.Unauthorized,),
-    403: (errors.SeedRefused,),
+    403: (errors.SeedRefused, errors.EvidenceWithheld),
     404: (errors.NotFound,),
     405: (errors.MethodNotAllowed,),
     408: (errors.RequestTimeout,),

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from typing import TypedDict
+from typing import TypedDict, TypeVar
 
 import numpy as np
 
-from carso.inference.jobs import Ending, Outcome, Result, Ticket, Times, Typicality
+from carso.inference.jobs import Ending, Explanation, Outcome, Result, Ticket, Times, Typicality
 from carso.inference.latents import Stream
 from carso.inference.vote import Rule, StoppingRule
+
+T = TypeVar("T")
 
 
 @dataclass(eq=False, slots=True)
@@ -24,6 +26,7 @@ class Progress:
     open: int  # elections still to end
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by image
     typicalities: dict[int, Typicality] = field(default_factory=dict)  # by image
+    explanations: dict[int, Explanation] = field(default_factory=dict)  # by image
 
     @property
     def deadline(self) -> float:
@@ -40,8 +43,14 @@ class Progress:
             self.probabilities,
             tuple(self.outcomes[image] for image in images),
             Times(self.ticket.submitted, self.started, self.first_pass_done, finished),
-            tuple(self.typicalities[image] for image in images) if len(self.typicalities) == len(images) else None,
+            _of_all(images, self.typicalities),
+            _of_all(images, self.explanations),
         )
+
+
+def _of_all(images: range, found: dict[int, T]) -> tuple[T, ...] | None:
+    """Return what was found of each image; None if something is missing."""
+    return tuple(found[image] for image in images) if len(found) == len(images) else None
 
 
 class _Count(TypedDict):

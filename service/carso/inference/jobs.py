@@ -39,6 +39,7 @@ class Job:
     images: np.ndarray  # [n, *shape] float32 in the bundle's value range
     plan: VotePlan | None = None  # None: the fast path
     deadline: float | None = None  # past it, open elections end with the votes that they have
+    explain: bool = False  # whether the result says what the votes were cast on; for the robust path
 
     def __post_init__(self) -> None:
         if not len(self.images):
@@ -80,6 +81,18 @@ class Typicality:
     contrast: float
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class Explanation:
+    """What the votes of one image were cast on; ``carso.inference.explanation`` makes it. Images are [*shape]."""
+
+    purified: np.ndarray  # at the latent 0, which the figures of `Typicality` are about
+    distance: float  # the mean of |image - purified| over all values
+    mean: np.ndarray  # of the purified images of the first votes
+    averaged: int  # how many it is the mean of
+    votes: tuple[int, ...]  # the classes of the first votes
+    shown: np.ndarray  # [len(votes), *shape], the purified images that they were cast on
+
+
 @dataclass(frozen=True, slots=True)
 class Times:
     """When a job came, when its first pass began and ended, and when its last election ended."""
@@ -98,6 +111,7 @@ class Result:
     outcomes: tuple[Outcome, ...]  # one per image; none on the fast path
     times: Times
     typicalities: tuple[Typicality, ...] | None = None  # one per image; None: not asked for, or an image had no vote
+    explanations: tuple[Explanation, ...] | None = None  # likewise
 
 
 @dataclass(eq=False, slots=True)

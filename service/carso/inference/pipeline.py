@@ -23,6 +23,7 @@ import numpy as np
 
 from carso.choices import MAX_SEED, PathName
 from carso.inference.elections import Election, Progress
+from carso.inference.explanation import AVERAGED, explanation
 from carso.inference.jobs import Job, Outcome, Result, Spared, Step, Ticket, Times, Typicality, VotePlan
 from carso.inference.latents import Latents, stream
 from carso.inference.sessions import Sessions
@@ -123,6 +124,8 @@ class Pipeline:
         spared: Counter[Spared] = Counter()
         for election, reason in left:
             spared[reason] += election.left
+            if election.progress.ticket.job.explain and reason != "cancelled":
+                self._explain(election)
         now = self._clock()
         return Step(
             finished=tuple((progress.ticket, progress.result(finished=now)) for progress in self._close(left)),
@@ -292,6 +295,19 @@ class Pipeline:
         for election, figures in zip(judged, typicalities(images, purified, eps=eps), strict=True):
             election.progress.typicalities[election.image] = figures
         return votes
+
+    def _explain(self, election: Election) -> None:
+        """Note what the votes of an election that has ended were cast on, if there was one."""
+        if not election.cast:
+            return
+        votes = min(election.cast, AVERAGED)
+        latents = np.zeros((votes + 1, self.latent), np.float32)  # 0 for the image that got no vote
+        self._latents.draw(stream(election.seed), out=latents[:votes])
+        codes, rows = election.code[None], np.zeros(votes + 1, np.int64)
+        cast = self.sessions.vote(codes, rows[:votes], latents[:votes])
+        purified = self.sessions.purify(codes, rows, latents)
+        image = election.progress.ticket.job.images[election.image]
+        election.progress.explanations[election.image] = explanation(image, cast, purified)
 
     def _dismiss(self, now: float) -> list[_Left]:
         """Take the elections of cancelled jobs, and of those past their deadline, out of the whole queue."""
