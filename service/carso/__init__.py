@@ -23,7 +23,16 @@ if TYPE_CHECKING:
         UnusableVariable,
     )
     from carso.client.images import Image, Images
-    from carso.client.results import Explanation, FastPrediction, FastResult, Info, RobustPrediction, RobustResult
+    from carso.client.results import (
+        Explanation,
+        FastPrediction,
+        FastResult,
+        FirstPass,
+        Info,
+        RobustPrediction,
+        RobustResult,
+        Tally,
+    )
     from carso.version import __version__
 
 __all__ = [
@@ -34,12 +43,14 @@ __all__ = [
     "Explanation",
     "FastPrediction",
     "FastResult",
+    "FirstPass",
     "Image",
     "Images",
     "Info",
     "RequestRefused",
     "RobustPrediction",
     "RobustResult",
+    "Tally",
     "Unavailable",
     "UnexpectedAnswer",
     "UnusableVariable",
@@ -57,7 +68,16 @@ _HOMES = {
         "UnusableVariable",
     ),
     "carso.client.images": ("Image", "Images"),
-    "carso.client.results": ("Explanation", "FastPrediction", "FastResult", "Info", "RobustPrediction", "RobustResult"),
+    "carso.client.results": (
+        "Explanation",
+        "FastPrediction",
+        "FastResult",
+        "FirstPass",
+        "Info",
+        "RobustPrediction",
+        "RobustResult",
+        "Tally",
+    ),
     "carso.version": ("__version__",),
 }
 

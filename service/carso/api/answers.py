@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 from carso.bundle import Bundle, Cell, InputSpec, Typical
 from carso.choices import Checked, Device, Evidence, Precision, PrecisionAsked, Untypical
 from carso.images.rendering import as_png
-from carso.inference.jobs import Ending, Result, Times, VotePlan
+from carso.inference.jobs import Ending, FirstSeen, Result, Standing, Times, VotePlan
 
 
 class _Answer(BaseModel):
@@ -106,6 +106,30 @@ class ExplainedFirstPass(_Answer):
     label: int
     class_name: str
     probabilities: list[float] = Field(description="Of each class, in order.")
+
+
+class FirstPassEvent(ExplainedFirstPass):
+    """The event `first_pass`, which comes once for each image."""
+
+    image: int = Field(description="Its index in the request.")
+
+
+class TallyEvent(_Answer):
+    """The event `tally`: the votes of one image after a round."""
+
+    image: int = Field(description="Its index in the request.")
+    tally: list[int] = Field(description="Votes of each class, in order.")
+    votes: int = Field(description="Votes cast.")
+    risk_reached: float = Field(description="As in an answer, if the count ended here.")
+    needed: int = Field(
+        description="The fewest further votes that end the count, if all go to the leader; 0: it has ended."
+    )
+
+
+class ErrorEvent(ErrorAnswer):
+    """The last event, if the request ended in an error after the first one."""
+
+    status: int = Field(description="The HTTP status that the error would have had.")
 
 
 class Explanation(_Answer):
@@ -336,6 +360,24 @@ def digests(images: np.ndarray) -> list[str]:
 
 
 _LABEL_FIELDS = frozenset(RobustLabel.model_fields)
+
+
+def first_pass_event(news: FirstSeen, classes: tuple[str, ...]) -> dict[str, Any]:
+    """Return a FirstPassEvent."""
+    probabilities: list[float] = news.probabilities.tolist()
+    label = probabilities.index(max(probabilities))
+    return {"image": news.image, "label": label, "class_name": classes[label], "probabilities": probabilities}
+
+
+def tally_event(news: Standing) -> dict[str, Any]:
+    """Return a TallyEvent."""
+    return {
+        "image": news.image,
+        "tally": news.tally,
+        "votes": news.votes,
+        "risk_reached": news.risk_reached,
+        "needed": news.needed,
+    }
 
 
 def label_only(prediction: dict[str, Any]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from carso.http.exchange import Exchange
 from carso.inference import explanation
 from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineStopped
-from carso.inference.jobs import Job, Result, VotePlan
+from carso.inference.jobs import Job, News, Result, VotePlan
 from carso.options import RobustOptions
 from carso.telemetry.metrics import Metrics
 
@@ -80,11 +80,18 @@ class Classification:
         return self._told(exchange, "fast", result, predictions, timings)
 
     async def robust(
-        self, request: Request, images: np.ndarray, options: RobustOptions, *, decode: float, explain: bool = False
+        self,
+        request: Request,
+        images: np.ndarray,
+        options: RobustOptions,
+        *,
+        decode: float,
+        explain: bool = False,
+        follow: Callable[[News], None] | None = None,
     ) -> Classified:
         """Answer with both passes of `images` [n, *shape] float32, which took `decode` seconds to decode.
 
-        `explain`: whether the result has explanations.
+        `explain`: whether the result has explanations. `follow`: as of Engine.run.
 
         Raises SeedRefused, DeadlineExceeded, UntypicalImage, QueueFull, ClientGone, and the engine's errors.
         """
@@ -93,7 +100,7 @@ class Classification:
         exchange = Exchange.of(request.scope)
         plan = VotePlan(samples=options.samples, risk=options.risk, seed=options.seed)
         deadline = None if options.deadline_ms is None else exchange.arrived + options.deadline_ms / 1e3
-        result = await self._run(request, Job(images, plan, deadline, explain=explain))
+        result = await self._run(request, Job(images, plan, deadline, explain=explain), follow)
 
         if any(outcome.ending == "deadline" for outcome in result.outcomes):
             self._metrics.cancellation("deadline")
@@ -144,13 +151,13 @@ class Classification:
                     "images: send one of the kind that /info describes, with its polarity, framing and scale"
                 )
 
-    async def _run(self, request: Request, job: Job) -> Result:
+    async def _run(self, request: Request, job: Job, follow: Callable[[News], None] | None = None) -> Result:
         exchange = Exchange.of(request.scope)
         exchange.images = len(job.images)
         exchange.charge(job.rows)
         try:
             async with WhileConnected(request.receive):
-                result = await self._engine.run(job)
+                result = await self._engine.run(job, follow=follow)
         except QueueFull:
             exchange.settle(-job.rows)
             raise

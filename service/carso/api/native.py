@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -18,10 +19,13 @@ from carso.api.intake import Intake
 from carso.bundle import Bundle
 from carso.choices import Evidence, Precision
 from carso.errors import EvidenceWithheld, TooManyImages
+from carso.http import event_stream, refusals
+from carso.http.event_stream import EventStream, Tell
 from carso.http.exchange import Exchange
 from carso.images import bodies, json_values
 from carso.images.numbers import Source
 from carso.inference.explanation import SHOWN
+from carso.inference.jobs import FirstSeen, News, Standing
 from carso.options import MAX_EXPLAINED, ExplainedOptions, FastOptions, Options, parse
 
 PICTURES = 3 + SHOWN  # of one explanation, at most
@@ -63,7 +67,8 @@ class Native:
             self.robust,
             summary="Classify by vote over purified images (the robust path)",
             answer=answers.RobustAnswer if full else answers.RobustLabels,
-            errors=openapi.NATIVE_ERRORS + openapi.ROBUST_ERRORS + openapi.EXPLAINED_ERRORS,
+            events=openapi.EVENTS if full else "",
+            errors=openapi.NATIVE_ERRORS + openapi.ROBUST_ERRORS + openapi.SHOWN_ERRORS,
             extra=openapi.operation(self._robust_options, self._spec, max_images=self._max_images),
         )
         openapi.add_endpoint(
@@ -80,24 +85,54 @@ class Native:
         """Answer by the first pass only."""
         self._classification.check("fast")
         images, _, decode = await self._read(request, FastOptions)
-        return self._answer(request, await self._classification.fast(request, images, decode=decode))
+        classified = await self._classification.fast(request, images, decode=decode)
+        return _json(self._content(request, classified))
 
     async def robust(self, request: Request) -> Response:
-        """Answer by both passes and the vote."""
+        """Answer by both passes and the vote; by events, if those are asked for, while the votes come."""
         self._classification.check("robust")
+        by_events = event_stream.wanted(request.headers.get("accept", ""))
+        if by_events and self._evidence == "label":
+            raise EvidenceWithheld(
+                "this service answers with labels only, and shows no votes: leave out Accept: text/event-stream"
+            )
         images, options, decode = await self._read(request, self._robust_options)
         if options.explain:
             self._check_explained(images)
-        classified = await self._classification.robust(request, images, options, decode=decode, explain=options.explain)
+        answered = partial(self._robust, request, images, options, decode)
+        if by_events:
+            return EventStream(lambda tell: answered(partial(self._tell, tell)), last="answer", failed=refusals.event)
+        return _json(await answered(None))
+
+    async def _robust(
+        self,
+        request: Request,
+        images: np.ndarray,
+        options: ExplainedOptions,
+        decode: float,
+        follow: Callable[[News], None] | None,
+    ) -> dict[str, Any]:
+        """Return a RobustAnswer, or RobustLabels. `follow`: as of Engine.run."""
+        classified = await self._classification.robust(
+            request, images, options, decode=decode, explain=options.explain, follow=follow
+        )
         if self._evidence == "label":
-            return self._answer(request, classified)
+            return self._content(request, classified)
         made_of = partial(answers.digests, images)
         digests = await self._intake.parse(made_of, size=images.nbytes, receive=request.receive)
         if options.explain:
             draw = partial(self._explain, images, classified)
             await self._intake.parse(draw, size=PICTURES * images.nbytes, receive=request.receive)
         receipt = {"images": digests, "options": options.model_dump(), "precision": self._precision}
-        return self._answer(request, classified, receipt)
+        return self._content(request, classified, receipt)
+
+    def _tell(self, tell: Tell, news: News) -> None:
+        """Tell the client of an event stream what a step of its count brought."""
+        match news:
+            case FirstSeen():
+                tell("first_pass", news.image, answers.first_pass_event(news, self._classes))
+            case Standing():
+                tell("tally", news.image, answers.tally_event(news))
 
     def _check_explained(self, images: np.ndarray) -> None:
         """Raise EvidenceWithheld or TooManyImages, before any work is done, if these are not explained here."""
@@ -132,9 +167,15 @@ class Native:
         body = bodies.parse(content_type, data, max_images=self._max_images, max_values=self._max_values)
         return body.sources, parse(model, query, body.options)
 
-    def _answer(self, request: Request, classified: Classified, receipt: dict[str, Any] | None = None) -> Response:
+    def _content(
+        self, request: Request, classified: Classified, receipt: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
         content: dict[str, Any] = {"predictions": classified.predictions, **(receipt or {}), **self._served}
         if classified.timings is not None:
             content["timings"] = classified.timings
         content["request_id"] = Exchange.of(request.scope).request_id
-        return Response(to_json(content), media_type="application/json")
+        return content
+
+
+def _json(content: dict[str, Any]) -> Response:
+    return Response(to_json(content), media_type="application/json")

@@ -25,7 +25,7 @@ from carso.options import FastOptions
 Errors = tuple[type[e.RequestError], ...]
 
 ROBUST_ERRORS: Errors = (e.SeedRefused, e.DeadlineExceeded)
-EXPLAINED_ERRORS: Errors = (e.EvidenceWithheld,)
+SHOWN_ERRORS: Errors = (e.EvidenceWithheld,)  # for what the votes were, or are
 _CLASSIFICATION_ERRORS: Errors = (
     e.UndecodableImage,
     e.UndecodableJson,
@@ -78,6 +78,11 @@ INDEX_ERRORS: Errors = (
 )
 TENSOR_ERRORS: Errors = (*_CLASSIFICATION_ERRORS, e.InvalidTensor, e.UnknownOutput)
 
+EVENTS = (
+    "If Accept begins with text/event-stream. Each image has an event `first_pass` (image, label, class_name, "
+    "probabilities), and after each round one `tally` (image, tally, votes, risk_reached, needed). The last event is "
+    "`answer`, the same as in JSON, or `error`, the same as an error's JSON with its `status`."
+)
 
 _HEADERS = {
     "X-Request-ID": {
@@ -111,17 +116,22 @@ def add_endpoint(
     answer: type[BaseModel],
     errors: Iterable[type[e.RequestError]],
     extra: dict[str, Any],
+    events: str = "",
 ) -> None:
     """Add a POST endpoint whose handler takes its request apart itself.
 
-    `answer` and `errors` are what it answers with; `extra` is the rest of its `openapi_extra`.
+    `answer` and `errors` are what it answers with, and `events`, in words, what it streams if it does; `extra` is the
+    rest of its `openapi_extra`.
     """
+    answered: dict[str, Any] = {"model": answer}
+    if events:
+        answered["content"] = {"text/event-stream": {"schema": {"type": "string", "description": events}}}
     app.router.add_api_route(
         path,
         handler,
         methods=["POST"],
         summary=summary,
-        responses={200: {"model": answer}, **responses(*errors)},
+        responses={200: answered, **responses(*errors)},
         openapi_extra=extra,
         route_class_override=_DirectRoute,
     )

@@ -7,6 +7,7 @@ even if the service may have worked on it.
 
 from __future__ import annotations
 
+import json
 import math
 import random
 import secrets
@@ -20,6 +21,7 @@ from typing import Any, Generic, TypeVar
 import httpx
 from pydantic import BaseModel, ValidationError
 
+from carso.client import events
 from carso.client.errors import CarsoError, DeadlineExceeded, RequestRefused, Unavailable, UnexpectedAnswer
 from carso.client.images import Body
 
@@ -57,10 +59,11 @@ class Call(Generic[R]):
         patience: Patience,
         params: Mapping[str, object] | None = None,
         body: Body | None = None,
+        accept: str = "*/*",
         via: str = "",
     ) -> None:
-        """`build`: an httpx client's build_request. `model`: the answer's. `params` that are None are left out. `via`:
-        the proxy in words, for error messages."""
+        """`build`: an httpx client's build_request. `model`: the answer's. `params` that are None are left out.
+        `accept`: the media type of the answer. `via`: the proxy in words, for error messages."""
         self.request_id = secrets.token_hex(16)
         self._build = build
         self._method, self._path = method, path
@@ -68,6 +71,7 @@ class Call(Generic[R]):
         self._patience = patience
         self._params = {name: value for name, value in (params or {}).items() if value is not None}
         self._body = body
+        self._accept = accept
         self._via = f" {via}" if via else ""
         self._end = None if patience.deadline is None else time.monotonic() + patience.deadline
         self._attempts = 0
@@ -80,7 +84,7 @@ class Call(Generic[R]):
 
     def request(self) -> httpx.Request:
         """Build the request of the next attempt. Raises DeadlineExceeded."""
-        headers = {"x-request-id": self.request_id}
+        headers = {"x-request-id": self.request_id, "accept": self._accept}
         params: dict[str, Any] = dict(self._params)
         timeout = self._patience.timeout
         if self._end is not None:
@@ -122,6 +126,30 @@ class Call(Generic[R]):
                 return pause
         raise error from (None if isinstance(outcome, httpx.Response) else outcome)
 
+    def check_streams(self, response: httpx.Response) -> None:
+        """Raise UnexpectedAnswer unless a 2xx answer brings events."""
+        if not response.headers.get("content-type", "").startswith(events.MEDIA_TYPE):
+            raise UnexpectedAnswer(
+                f"{response.url} does not answer with events: it is not a CARSO service, or an older one",
+                request_id=self.request_id,
+                status=response.status_code,
+            )
+
+    def read(self, reader: events.Reader, line: str, response: httpx.Response) -> events.Event | None:
+        """Return the event that a line of an answer ends. Raises CarsoError."""
+        try:
+            return reader.event_at(line)
+        except events.Told as e:
+            raise self._error_of(e.content, response) from None
+        except ValidationError as e:
+            raise self._unexpected(e, response) from None
+
+    def cut_off(self, error: httpx.RequestError | None, response: httpx.Response) -> CarsoError:
+        """Make the error of events that ended without an answer, by `error` or by themselves."""
+        if error is not None:
+            return self._failure(error)
+        return Unavailable(f"{response.url} ended its events without an answer{self._via}", request_id=self.request_id)
+
     def _pause(self, retry_after: float | None) -> float | None:
         """Return the seconds until the next attempt, or None if the call cannot wait that long.
 
@@ -138,19 +166,38 @@ class Call(Generic[R]):
         try:
             return self._model.model_validate_json(response.content)
         except ValidationError as e:
-            first = e.errors()[0]
-            where = ".".join(map(str, first["loc"]))
-            raise UnexpectedAnswer(
-                f"{response.url} does not answer as a CARSO service does "
-                f"({where + ': ' if where else ''}{first['msg']}): is the URL right?",
-                request_id=self.request_id,
-                status=response.status_code,
-            ) from None
+            raise self._unexpected(e, response) from None
+
+    def _unexpected(self, error: ValidationError, response: httpx.Response) -> UnexpectedAnswer:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        return UnexpectedAnswer(
+            f"{response.url} does not answer as a CARSO service does "
+            f"({where + ': ' if where else ''}{first['msg']}): is the URL right?",
+            request_id=self.request_id,
+            status=response.status_code,
+        )
 
     def _refusal(self, response: httpx.Response) -> CarsoError:
         """Make the error of an answer that is not 2xx."""
-        status = response.status_code
-        name, message, request_id = self._told(response)
+        return self._error(response.status_code, *self._told(response), response)
+
+    def _error_of(self, told: str, response: httpx.Response) -> CarsoError:
+        """Make the error that a service told in an event."""
+        try:
+            content = json.loads(told)
+            name, message, request_id = (str(content[key]) for key in ("error", "message", "request_id"))
+            return self._error(int(content["status"]), name, message, request_id, response)
+        except (ValueError, TypeError, KeyError):
+            return UnexpectedAnswer(
+                f"{response.url} ends its events with an error that cannot be read: {told[:200]!r}",
+                request_id=self.request_id,
+                status=response.status_code,
+            )
+
+    def _error(
+        self, status: int, name: str | None, message: str, request_id: str, response: httpx.Response
+    ) -> CarsoError:
         if status in (429, 503):
             retry_after = seconds_of(response.headers.get("retry-after"))
             return Unavailable(message, request_id=request_id, status=status, error=name, retry_after=retry_after)

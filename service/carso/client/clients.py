@@ -7,7 +7,8 @@ import os
 import re
 import ssl
 import time
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Generator, Mapping
+from contextlib import aclosing, closing
 from types import TracebackType
 from typing import Self, TypedDict
 
@@ -15,10 +16,11 @@ import httpx
 from socksio.exceptions import ProtocolError
 
 from carso.choices import Fit
-from carso.client import DEFAULT_URL
+from carso.client import DEFAULT_URL, events
 from carso.client.call import Call, Patience, R
 from carso.client.connections import route_to
 from carso.client.errors import Unavailable
+from carso.client.events import Event, Reader
 from carso.client.images import Images, body_of
 from carso.client.results import FastResult, Health, Info, RobustResult
 from carso.version import __version__
@@ -62,7 +64,9 @@ class _Calls:
             "trust_env": False,
         }
 
-    def _robust(self, images: Images, options: Mapping[str, object], deadline: float | None) -> Call[RobustResult]:
+    def _robust(
+        self, images: Images, options: Mapping[str, object], deadline: float | None, *, accept: str = "*/*"
+    ) -> Call[RobustResult]:
         return Call(
             self._http.build_request,
             "POST",
@@ -72,7 +76,11 @@ class _Calls:
             patience=Patience(timeout=self._timeout, retries=self._retries, deadline=deadline, tell=True),
             params=options,
             body=body_of(images),
+            accept=accept,
         )
+
+    def _votes(self, images: Images, options: Mapping[str, object], deadline: float | None) -> Call[RobustResult]:
+        return self._robust(images, options, deadline, accept=events.MEDIA_TYPE)
 
     def _fast(self, images: Images, options: Mapping[str, object], deadline: float | None) -> Call[FastResult]:
         return Call(
@@ -174,6 +182,75 @@ class Client(_Calls):
             explain=explain or None,
         )
         return self._run(self._robust(images, options, deadline))
+
+    def votes(
+        self,
+        images: Images,
+        *,
+        samples: int | None = None,
+        risk: float | None = None,
+        seed: int | None = None,
+        resize: bool = False,
+        fit: Fit = "pad",
+        invert: bool = False,
+        background: str | None = None,
+        explain: bool = False,
+        deadline: float | None = None,
+    ) -> Generator[Event]:
+        """Classify images on the robust path, and show their votes as they come. Arguments and errors are those of
+        `classify`.
+
+            for event in client.votes("digit.png", risk=0):
+                match event:
+                    case Tally():
+                        print(event.votes, event.tally, event.needed)
+                    case RobustResult():
+                        print(event.predictions[0].class_name)
+
+        Yields a FirstPass for each image, a Tally for each image after each round, and last the RobustResult. A caller
+        who is slow gets the newest tallies only. To leave early, close the generator (`contextlib.closing`): the client
+        then hangs up, and the service stops its count. Nothing is sent again once events have come.
+        """
+        options = _options(
+            samples=samples,
+            risk=risk,
+            seed=seed,
+            resize=resize,
+            fit=fit,
+            invert=invert,
+            background=background,
+            explain=explain or None,
+        )
+        call = self._votes(images, options, deadline)
+        while True:
+            request = call.request()
+            outcome: httpx.Response | httpx.RequestError
+            try:
+                outcome = self._http.send(request, stream=True)
+                if not outcome.is_success:
+                    outcome.read()
+            except httpx.RequestError as e:
+                outcome = e
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                with closing(outcome):
+                    yield from self._events(call, outcome)
+                return
+            verdict = call.judge(outcome)
+            if isinstance(verdict, float):
+                time.sleep(verdict)
+
+    def _events(self, call: Call[RobustResult], response: httpx.Response) -> Generator[Event]:
+        call.check_streams(response)
+        reader = Reader()
+        try:
+            for line in response.iter_lines():
+                if event := call.read(reader, line, response):
+                    yield event
+                    if isinstance(event, RobustResult):
+                        return
+        except httpx.RequestError as e:
+            raise call.cut_off(e, response) from e
+        raise call.cut_off(None, response)
 
     def classify_fast(
         self,
@@ -312,6 +389,78 @@ class AsyncClient(_Calls):
             explain=explain or None,
         )
         return await self._run(self._robust(images, options, deadline))
+
+    async def votes(
+        self,
+        images: Images,
+        *,
+        samples: int | None = None,
+        risk: float | None = None,
+        seed: int | None = None,
+        resize: bool = False,
+        fit: Fit = "pad",
+        invert: bool = False,
+        background: str | None = None,
+        explain: bool = False,
+        deadline: float | None = None,
+    ) -> AsyncGenerator[Event]:
+        """Classify images on the robust path, and show their votes as they come, as `Client.votes` does.
+
+        async for event in client.votes("digit.png"):
+            print(event)
+        """
+        options = _options(
+            samples=samples,
+            risk=risk,
+            seed=seed,
+            resize=resize,
+            fit=fit,
+            invert=invert,
+            background=background,
+            explain=explain or None,
+        )
+        call = self._votes(images, options, deadline)
+        while True:
+            request = call.request()
+            outcome: httpx.Response | httpx.RequestError
+            try:
+                async with asyncio.timeout(call.left()):
+                    outcome = await self._http.send(request, stream=True)
+                    if not outcome.is_success:
+                        await outcome.aread()
+            except httpx.RequestError as e:
+                outcome = e
+            except TimeoutError:
+                outcome = httpx.ReadTimeout("the deadline has passed", request=request)
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                async with aclosing(outcome), aclosing(self._events(call, outcome)) as events_of_call:
+                    async for event in events_of_call:
+                        yield event
+                return
+            verdict = call.judge(outcome)
+            if isinstance(verdict, float):
+                await asyncio.sleep(verdict)
+
+    async def _events(self, call: Call[RobustResult], response: httpx.Response) -> AsyncGenerator[Event]:
+        call.check_streams(response)
+        reader = Reader()
+        lines = response.aiter_lines()
+        try:
+            while True:
+                async with asyncio.timeout(call.left()):
+                    line = await anext(lines, None)
+                if line is None:
+                    break
+                if event := call.read(reader, line, response):
+                    yield event
+                    if isinstance(event, RobustResult):
+                        return
+        except httpx.RequestError as e:
+            raise call.cut_off(e, response) from e
+        except TimeoutError:
+            late = httpx.ReadTimeout("the deadline has passed", request=response.request)
+            raise call.cut_off(late, response) from None
+        raise call.cut_off(None, response)
 
     async def classify_fast(
         self,

@@ -122,6 +122,22 @@ class RobustResult(_Result):
     precision: str | None = None  # of the votes
 
 
+class FirstPass(ExplainedFirstPass):
+    """An event of `votes`: what the fast path says of one image."""
+
+    image: int  # its index in the call
+
+
+class Tally(_Value):
+    """An event of `votes`: the votes of one image after a round."""
+
+    image: int  # its index in the call
+    tally: tuple[int, ...]  # votes of each class, in order
+    votes: int  # cast
+    risk_reached: float  # the bound that this tally gives
+    needed: int  # the fewest further votes that end the count, if all go to the leader; 0: it has ended
+
+
 class InputSpec(_Value):
     """What an image has to be."""
 

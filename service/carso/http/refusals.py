@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 
 from pydantic_core import to_json
@@ -15,6 +16,8 @@ from carso.http.exchange import Exchange, without_prefix
 from carso.http.statuses import STATUS
 from carso.inference.admission import QueueFull
 from carso.inference.engine import EngineDead, EngineError, EngineStopped
+
+log = logging.getLogger(__name__)
 
 _CLOSING = {"connection": "close"}  # what follows on the connection cannot be trusted
 _HEADERS: dict[type[RequestError], dict[str, str]] = {
@@ -71,6 +74,23 @@ def answer(error: Exception, request_id: str, *, path: str = "") -> Response:
     if isinstance(error, HTTPException) and error.headers:
         headers["allow"] = _allowed(error)
     return Response(to_json(content), STATUS[type(shown)], headers, "application/json")
+
+
+def event(error: Exception, exchange: Exchange) -> dict[str, object]:
+    """Note that a request ended in `error` after its answer had begun, and return what the client is told of it.
+
+    The log has what this does not tell.
+    """
+    shown = as_request_error(error)
+    exchange.error = shown.name
+    if isinstance(shown, errors.InternalError):
+        log.error("request failed", exc_info=error, extra={"fields": {"request_id": exchange.request_id}})
+    return {
+        "error": shown.name,
+        "message": str(shown),
+        "status": STATUS[type(shown)],
+        "request_id": exchange.request_id,
+    }
 
 
 def _allowed(error: HTTPException) -> str:

@@ -8,7 +8,7 @@ from typing import TypedDict, TypeVar
 
 import numpy as np
 
-from carso.inference.jobs import Ending, Explanation, Outcome, Result, Ticket, Times, Typicality
+from carso.inference.jobs import Ending, Explanation, Outcome, Result, Standing, Ticket, Times, Typicality
 from carso.inference.latents import Stream
 from carso.inference.vote import Rule, StoppingRule
 
@@ -110,6 +110,12 @@ class Election:
             risk_reached=self.rule.risk_reached(**self._count()),
             seed=self.seed,
         )
+
+    def standing(self) -> Standing:
+        """Return how the count stands now."""
+        count = self._count()
+        needed = max(0, self.rule.needed(**count))
+        return Standing(self.image, self.tally, self.cast, self.rule.risk_reached(**count), needed)
 
     def _next_ballot(self) -> int:
         return self.rule.next_ballot(**self._count())

@@ -15,7 +15,7 @@ from typing import Protocol, get_args
 from carso.board.whole import Whole
 from carso.choices import PathName
 from carso.inference.admission import Admission
-from carso.inference.jobs import Job, Result, Step, Ticket
+from carso.inference.jobs import Job, News, Result, Step, Ticket
 from carso.inference.processors import give_way
 
 log = logging.getLogger(__name__)
@@ -76,6 +76,7 @@ class Engine:
         self._arriving: list[Ticket] = []  # in this turn of the event loop; handed over together at its end
         self._arrivals: SimpleQueue[list[Ticket] | None] = SimpleQueue()  # None: stop
         self._futures: dict[Ticket, asyncio.Future[Result]] = {}  # jobs in flight; touched by the event loop only
+        self._followers: dict[Ticket, Callable[[News], None]] = {}  # of those that are followed; likewise
         self._finished: deque[tuple[Ticket, Result]] = deque()  # robust answers that wait for their turn; likewise
         self._failure: BaseException | None = None
         self._stopped = False
@@ -121,8 +122,9 @@ class Engine:
         """How many jobs the engine has."""
         return len(self._futures)
 
-    async def run(self, job: Job) -> Result:
-        """Give `job` to the pipeline and return its result.
+    async def run(self, job: Job, *, follow: Callable[[News], None] | None = None) -> Result:
+        """Give `job` to the pipeline and return its result. `follow` is called on the event loop, with what each step
+        has to tell of the job before it is done: keep it short.
 
         If the awaiting task is cancelled, the job's elections leave at the next round. Raises QueueFull, EngineStopped,
         EngineDead, and EngineError if the engine fails meanwhile.
@@ -133,7 +135,9 @@ class Engine:
         self.admission[job.path].admit(job.rows)
         if not self._futures and not self._busy:
             self._progress = time.monotonic()
-        ticket = Ticket(job)
+        ticket = Ticket(job, followed=follow is not None)
+        if follow is not None:
+            self._followers[ticket] = follow
         future: asyncio.Future[Result] = self._loop.create_future()
         self._futures[ticket] = future
         self.admission[job.path].begin()
@@ -146,6 +150,7 @@ class Engine:
             ticket.cancelled = True  # whatever is not done by now is for nobody
             self._futures.pop(ticket, None)
             self.admission[job.path].end()
+            self._followers.pop(ticket, None)
 
     def _hand_over(self) -> None:
         self._arrivals.put(self._arriving)
@@ -162,6 +167,8 @@ class Engine:
                     for path, admission in self.admission.items():
                         admission.settle(step.settled[path], seconds=step.seconds)
                     self._observe(step)
+                    if step.news:
+                        self._call(self._tell, step.news)
                     results = [(ticket, result) for ticket, result in step.finished if result is not None]
                     if results:  # the fast path's answers leave before the round
                         self._call(self._deliver, results)
@@ -191,6 +198,11 @@ class Engine:
                 self._loop.call_soon_threadsafe(function, argument)
         except RuntimeError:  # the loop is closed: nobody is left to tell
             log.warning("the event loop ended before the engine")
+
+    def _tell(self, news: Iterable[tuple[Ticket, News]]) -> None:
+        for ticket, found in news:
+            if follow := self._followers.get(ticket):
+                follow(found)
 
     def _deliver(self, results: list[tuple[Ticket, Result]]) -> None:
         """Give fast answers at once; and robust ones, of which a round may end many, one in each turn of the loop.

@@ -114,11 +114,34 @@ class Result:
     explanations: tuple[Explanation, ...] | None = None  # likewise
 
 
+@dataclass(frozen=True, eq=False, slots=True)
+class FirstSeen:
+    """What the first pass says of one image, as soon as it is done."""
+
+    image: int  # its index in the job
+    probabilities: np.ndarray  # [classes] float32
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """How the election of one image stands after a round."""
+
+    image: int  # its index in the job
+    tally: list[int]  # votes of each class
+    votes: int  # cast
+    risk_reached: float  # as of an Outcome, if the count ended here
+    needed: int  # the fewest further votes that end the count, if all go to the leader; 0: it has ended
+
+
+News = FirstSeen | Standing
+
+
 @dataclass(eq=False, slots=True)
 class Ticket:
     """A job in flight. Whoever sets `cancelled` gets it back without a result at the end of the next round."""
 
     job: Job
+    followed: bool = False  # whether the steps tell news of it
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 
@@ -131,6 +154,7 @@ class Step:
     first_passes: int = 0  # images
     rows: int = 0  # votes cast
     elections: int = 0  # that cast them
+    news: tuple[tuple[Ticket, News], ...] = ()  # of the jobs that are followed
     seconds: float = 0.0
     settled: Counter[PathName] = field(default_factory=Counter)  # rows that are owed no longer: done or spared
     spared: Counter[Spared] = field(default_factory=Counter)  # votes

@@ -24,7 +24,19 @@ import numpy as np
 from carso.choices import MAX_SEED, PathName
 from carso.inference.elections import Election, Progress
 from carso.inference.explanation import AVERAGED, explanation
-from carso.inference.jobs import Job, Outcome, Result, Spared, Step, Ticket, Times, Typicality, VotePlan
+from carso.inference.jobs import (
+    FirstSeen,
+    Job,
+    News,
+    Outcome,
+    Result,
+    Spared,
+    Step,
+    Ticket,
+    Times,
+    Typicality,
+    VotePlan,
+)
 from carso.inference.latents import Latents, stream
 from carso.inference.sessions import Sessions
 from carso.inference.typical import typicalities
@@ -95,13 +107,15 @@ class Pipeline:
             settled[ticket.job.path] += ticket.job.rows
             spared["cancelled"] += ticket.job.votes
         finished: list[tuple[Ticket, Result | None]] = [(ticket, None) for ticket in gone]
+        news: list[tuple[Ticket, News]] = []
         if batch:
-            finished += self._first_pass(batch)
+            finished += self._first_pass(batch, news)
             for ticket in batch:  # from now on a robust job owes its votes, whatever it was priced at
                 settled[ticket.job.path] += ticket.job.rows - ticket.job.votes
         return Step(
             finished=tuple(finished),
             first_passes=sum(len(ticket.job.images) for ticket in batch),
+            news=tuple(news),
             seconds=self._clock() - began,
             settled=settled,
             spared=spared,
@@ -127,8 +141,10 @@ class Pipeline:
             if election.progress.ticket.job.explain and reason != "cancelled":
                 self._explain(election)
         now = self._clock()
+        followed = [election for election in elections if election.progress.ticket.followed]
         return Step(
             finished=tuple((progress.ticket, progress.result(finished=now)) for progress in self._close(left)),
+            news=tuple((election.progress.ticket, election.standing()) for election in followed),
             rows=rows,
             elections=len(elections),
             seconds=now - began,
@@ -169,8 +185,10 @@ class Pipeline:
                 size += len(ticket.job.images)
         return batch, gone
 
-    def _first_pass(self, batch: Sequence[Ticket]) -> list[tuple[Ticket, Result]]:
-        """Compute the first passes of a batch and open the elections of its robust jobs; return the fast results."""
+    def _first_pass(self, batch: Sequence[Ticket], news: list[tuple[Ticket, News]]) -> list[tuple[Ticket, Result]]:
+        """Compute the first passes of a batch and open the elections of its robust jobs; return the fast results. Add
+        to `news` what there is to tell.
+        """
         started = self._clock()
         images = batch[0].job.images if len(batch) == 1 else np.concatenate([ticket.job.images for ticket in batch])
         parts = [
@@ -188,6 +206,8 @@ class Pipeline:
         for ticket in batch:
             own = slice(offset, offset + len(ticket.job.images))
             offset = own.stop
+            if ticket.followed:
+                news += [(ticket, FirstSeen(image, found)) for image, found in enumerate(probabilities[own])]
             if ticket.job.plan is None:
                 times = Times(ticket.submitted, started, done, done)
                 finished.append((ticket, Result(probabilities[own], (), times, figures and figures[own])))
