@@ -35,7 +35,7 @@ def test_the_table_lists_what_the_endpoint_shows_with_types_and_labels(client):
         return found
 
     comes_to(
-        lambda: shown() | GPU_METRICS | KEY_METRICS | CGROUP_METRICS | CANARY_METRICS, documented()
+        lambda: shown() | GPU_METRICS | KEY_METRICS | CGROUP_METRICS | CANARY_METRICS | WORKER_METRICS, documented()
     )  # a request is counted when its answer is out
 
 
@@ -48,6 +48,12 @@ KEY_METRICS = {
     "carso_caller_requests_total": ("counter", {"caller", "status"}),
     "carso_caller_rows_total": ("counter", {"caller"}),
     "carso_caller_attack_evidence": ("gauge", {"caller"}),
+}
+
+# where there are several workers
+WORKER_METRICS = {
+    "carso_workers": ("gauge", {"state"}),
+    "carso_worker_restarts_total": ("counter", set()),
 }
 
 # where the bundle has samples

@@ -27,7 +27,7 @@ from carso.api.open_inference import Model
 from carso.board.seat import Seat
 from carso.board.whole import Whole
 from carso.bundle import Bundle, BundleError
-from carso.choices import Checked, PathName
+from carso.choices import CUDA, Checked, PathName
 from carso.errors import RequestError
 from carso.http.envelope import Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
@@ -102,6 +102,11 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
     sessions = _sessions(bundle, settings)
     provider, precision = sessions.provider, sessions.precision
     log.info("votes are cast in %s: %s", precision.precision, precision.because)
+    if whole.workers > 1 and provider == CUDA:
+        raise SettingsError(
+            f"{settings.called('workers')}: {settings.workers} is not allowed on a GPU, which one process owns. Set it "
+            "to 1 and run a replica for each GPU, or set CARSO_DEVICE=cpu"
+        )
     metrics = Metrics(
         bundle,
         device=settings.device,
@@ -135,7 +140,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         title="CARSO",
         version=__version__,
         description=DESCRIPTION,
-        lifespan=_lifespan(engine, canary, lifecycle, pool, tracing, served=served),
+        lifespan=_lifespan(engine, canary, lifecycle, pool, tracing, served=served if whole.workers == 1 else None),
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
@@ -214,7 +219,15 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             allow_headers=("*",),
             expose_headers=("X-Request-ID", "Retry-After"),
         )
-    return Service(app, lifecycle, engine.abandon, partial(_reload, keys), partial(unread, metrics))
+    return Service(
+        app,
+        lifecycle,
+        abandon=engine.abandon,
+        reload=partial(_reload, keys),
+        unread=partial(unread, metrics),
+        state=lambda: probes.state,
+        served=served,
+    )
 
 
 def _sessions(bundle: Bundle, settings: Settings) -> Sessions:
@@ -252,11 +265,12 @@ def _lifespan(
     pool: ThreadPoolExecutor,
     tracing: Tracing | None,
     *,
-    served: dict[str, object],
+    served: dict[str, object] | None,
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """Return what surrounds the time in which the application serves.
 
-    Raises RuntimeError at the start if the process was forked since the application was built.
+    `served` is logged when it is ready; None: somebody else logs it. Raises RuntimeError at the start if the process
+    was forked since the application was built.
     """
     built_in = os.getpid()
 
@@ -276,7 +290,8 @@ def _lifespan(
             )
         engine.start()
         watching = None if canary is None else asyncio.create_task(canary.run())
-        log.info("ready", extra={"fields": {"version": __version__, **served}})
+        if served is not None:
+            log.info("ready", extra={"fields": {"version": __version__, **served}})
         yield
         if watching is not None:
             watching.cancel()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, WithJsonSchema
+from pydantic import AfterValidator, Field, WithJsonSchema
 
 PathName = Literal["fast", "robust"]  # fast: the first pass alone; robust: both passes and the vote
 Device = Literal["auto", "cuda", "cpu"]
@@ -24,6 +24,10 @@ MAX_SEED = 2**53 - 1  # the largest integer that every JSON reader keeps exact
 
 MIN_RISK = 1e-12  # below it, rounding of logarithms would no longer be small beside the stopping rule
 MAX_RISK = 0.5
+
+
+MAX_WORKERS = 64
+Workers = Annotated[int, Field(ge=1, le=MAX_WORKERS)] | Literal["auto"]
 
 
 def _allowed_risk(risk: float) -> float:

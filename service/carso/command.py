@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -81,39 +82,97 @@ def serve(**options: object) -> None:
 
     Every setting is an option and an environment variable; the option wins.
     """
+    from carso.inference.processors import usable_cpus
     from carso.inference.runtime import InstallationError, check_runtime
-    from carso.settings import Settings, SettingsError, unknown_variables
+    from carso.settings import Settings, SettingsError
+    from carso.workers.placement import how_many, may_be_on_gpu
 
+    worker = _worker()
     try:
         settings = Settings.read({name: value for name, value in options.items() if value is not None})
         check_runtime()
-        from carso.app import build
-        from carso.bundle import BundleError
-        from carso.http.listening import CannotListen, UnknownHost, bind
-        from carso.http.serving import run
-        from carso.inference.sessions import DeviceError
-        from carso.telemetry import logs
+        count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=may_be_on_gpu(settings.device))
+        if count > 1 and worker is None:
+            _supervise(settings, count)
+        else:
+            _serve(settings, worker)
     except SettingsError as e:
-        _exit(e, BAD_SETTING)
+        _exit(e, BAD_SETTING, worker)
     except InstallationError as e:
-        _exit(e, CANNOT_START)
+        _exit(e, CANNOT_START, worker)
     except ModuleNotFoundError as e:
-        _exit(f"the service needs {e.name}, which is not installed: {INSTALL}", CANNOT_START)
-    logs.configure(settings.log_level, settings.log_format)
-    for name in unknown_variables():
-        log.warning("%s is in the environment but is not a setting of this service", name)
+        _exit(f"the service needs {e.name}, which is not installed: {INSTALL}", CANNOT_START, worker)
+
+
+def _worker() -> Any:
+    """Return what makes this process a worker; None: it is not one."""
+    if "_CARSO_WORKER" not in os.environ:
+        return None
+    from carso.workers.worker import Worker
+
+    return Worker.here()
+
+
+def _serve(settings: Any, worker: Any) -> None:
+    """Serve in this process, alone or as a worker. Raises SettingsError."""
+    from carso.app import build
+    from carso.bundle import BundleError
+    from carso.http.listening import CannotListen
+    from carso.http.serving import run
+    from carso.inference.sessions import DeviceError
+    from carso.telemetry import logs
+
+    if worker is None:
+        logs.configure(settings.log_level, settings.log_format)
+        _warn_of_unknown_variables()
+    else:
+        logs.configure(settings.log_level, settings.log_format, logs.Lines(worker.board.log_lock, worker.number))
+        settings = worker.settled(settings)
     try:
-        sockets = bind(settings.host, settings.port)
-        run(build(settings), settings, sockets)
+        if worker is None:
+            sockets = _bound(settings)
+            run(build(settings), settings, sockets)
+        else:
+            run(build(settings, worker.whole), settings, worker.sockets, worker)
+    except (BundleError, CannotListen, DeviceError) as e:
+        _exit(e, CANNOT_START, worker)
+
+
+def _supervise(settings: Any, workers: int) -> None:
+    """Have several processes serve, and watch over them. Raises SettingsError."""
+    from carso.board.seat import Board
+    from carso.telemetry import logs
+    from carso.workers.supervisor import Ended, Supervisor
+
+    board = Board.create(workers=workers, supervisor=os.getpid())
+    logs.configure(settings.log_level, settings.log_format, logs.Lines(board.log_lock, None))
+    _warn_of_unknown_variables()
+    try:
+        Supervisor(board, settings, _bound(settings)).run()
+    except Ended as e:
+        _exit(e, e.status)
+
+
+def _bound(settings: Any) -> list[socket.socket]:
+    """Open the sockets of the service: before the bundle is loaded, so that a taken port is known at once."""
+    from carso.http.listening import CannotListen, UnknownHost, bind
+
+    try:
+        return bind(settings.host, settings.port)
     except UnknownHost as e:
         _exit(
             f"{settings.called('host')}: {settings.host!r} is not an address, and no name that is known: {e}",
             BAD_SETTING,
         )
-    except SettingsError as e:
-        _exit(e, BAD_SETTING)
-    except (BundleError, CannotListen, DeviceError) as e:
+    except CannotListen as e:
         _exit(e, CANNOT_START)
+
+
+def _warn_of_unknown_variables() -> None:
+    from carso.settings import unknown_variables
+
+    for name in unknown_variables():
+        log.warning("%s is in the environment but is not a setting of this service", name)
 
 
 def _options() -> list[inspect.Parameter]:
@@ -163,8 +222,12 @@ def _noun(name: str, allowed: str) -> str:
     return {"an integer": "INTEGER", "a path": "PATH"}.get(" ".join(allowed.split()[:2]), "TEXT")
 
 
-def _exit(error: object, status: int) -> NoReturn:
-    sys.stderr.write(f"carso: {error}\n")
+def _exit(error: object, status: int, worker: Any = None) -> NoReturn:
+    """Exit, and say why: to standard error, or to the supervisor, which says it once for all workers."""
+    if worker is None:
+        sys.stderr.write(f"carso: {error}\n")
+    else:
+        worker.refuse(str(error))
     sys.exit(status)
 
 

@@ -24,7 +24,7 @@ from pydantic import (
     model_validator,
 )
 
-from carso.choices import Checked, Device, Evidence, PrecisionAsked, Risk, Untypical, price_of
+from carso.choices import Checked, Device, Evidence, PrecisionAsked, Risk, Untypical, Workers, price_of
 from carso.complaints import allowed, complaint
 
 PREFIX = "CARSO_"
@@ -119,10 +119,16 @@ class Settings(BaseModel):
     )
     threads: int | None = _inference(
         default=None,
-        shown="one for each processor that the process may use",
+        shown="one for each processor that the service may use, shared out among the workers",
         ge=1,
         le=1024,
-        description="Threads of ONNX Runtime on the CPU.",
+        description="Threads of ONNX Runtime on the CPU, in each worker.",
+    )
+    workers: Workers = _inference(
+        default=1,
+        description="Processes that serve at one port, each with its own engine on its share of the processors. "
+        "auto is one for every four processors, and one on a GPU. More than one need the CPU. Each of them loads the "
+        "bundle.",
     )
     spin: bool = _inference(
         default=False,
@@ -163,7 +169,11 @@ class Settings(BaseModel):
         "are not counted. The service answers more with 429. At least CARSO_MAX_BODY_BYTES.",
     )
     decode_threads: int = _queue(
-        default=2, ge=1, le=64, description="Threads that decode bodies too large for the event loop."
+        default=2,
+        ge=1,
+        le=64,
+        description="Threads that decode bodies too large for the event loop. Workers share them out, and have one at "
+        "least.",
     )
     queue_rows: int = _queue(
         default=2**20,
@@ -276,7 +286,8 @@ class Settings(BaseModel):
             for error in e.errors():
                 field = str(error["loc"][0])
                 lines.append(f"{_called(field, field in given)}: {complaint(cls, error)}")
-            raise SettingsError("\n".join(lines)) from None
+            # a value that may be of several kinds has an error for each
+            raise SettingsError("\n".join(dict.fromkeys(lines))) from None
 
     def called(self, field: str) -> str:
         """Name a setting as whoever set it did: as an option of the command line, or as a variable."""
@@ -293,6 +304,11 @@ class Settings(BaseModel):
             raise SettingsError(
                 f"{self.called('untypical')}: refuse is not allowed with {self.called('typical')} off: nothing "
                 "would be found to refuse"
+            )
+        if self.device == "cuda" and self.workers not in (1, "auto"):
+            raise SettingsError(
+                f"{self.called('workers')}: {self.workers} is not allowed with {self.called('device')} cuda, because "
+                "one process owns the GPU: set it to 1, and run a replica for each GPU"
             )
         self._at_least("bodies_bytes", self.max_body_bytes, self.called("max_body_bytes"))
         return self

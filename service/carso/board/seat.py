@@ -176,6 +176,10 @@ class Board:
             if name.startswith(prefix.encode())
         }
 
+    def log_lock(self) -> AbstractContextManager[None]:
+        """Keep the other processes from writing to the log."""
+        return self.memory.locked(Lock.LOG)
+
     def _look(self) -> None:
         """Find the cells that were made since the last time."""
         while len(self._places) < MOST_CELLS:

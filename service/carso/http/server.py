@@ -17,10 +17,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import FrameType
+from typing import Protocol
 
 import uvicorn
 from starlette.types import ASGIApp
 
+from carso.board.whole import State
 from carso.errors import RequestError
 from carso.telemetry.probes import Lifecycle
 
@@ -38,6 +40,25 @@ class Service:
     abandon: Callable[[], None]  # ends the work that is in flight
     reload: Callable[[], None]  # reads again what may change while it serves: the keys
     unread: Callable[[RequestError], bytes]  # makes the whole answer to a request that the HTTP parser refuses
+    state: Callable[[], State]  # tells whether the engine is well
+    served: dict[str, object]  # what the log and a supervisor are told of it
+
+
+class Post(Protocol):
+    """Whoever a worker's server reports to: ``carso.workers.worker.Worker``."""
+
+    def begin(
+        self,
+        *,
+        served: dict[str, object],
+        state: Callable[[], State],
+        reload: Callable[[], None],
+        stop: Callable[[], None],
+    ) -> None:
+        """Report that the server takes requests, on the event loop."""
+
+    def goes_on(self) -> bool:
+        """Report how it is, ten times a second. False: it should end, for another to take its place."""
 
 
 class Server(uvicorn.Server):
@@ -46,22 +67,19 @@ class Server(uvicorn.Server):
     def __init__(
         self,
         config: uvicorn.Config,
+        service: Service,
         *,
-        lifecycle: Lifecycle,
-        abandon: Callable[[], None],
-        reload: Callable[[], None],
         delay: float,
         timeout: float,
+        post: Post | None = None,
     ) -> None:
-        """`delay` and `timeout` in seconds. `abandon` is called at the end of `timeout`, to end what is in flight, and
-        `reload` at every SIGHUP.
-        """
+        """`delay` and `timeout` in seconds. `post`: None where this process is alone."""
         super().__init__(config)
-        lifecycle.managed = True
+        service.lifecycle.managed = True
         config.timeout_graceful_shutdown = math.ceil(timeout) + 1  # for bodies that never end; all else has ended
-        self._lifecycle = lifecycle
-        self._abandon = abandon
-        self._reload = reload
+        self._service = service
+        self._lifecycle = service.lifecycle
+        self._post = post
         self._delay = delay
         self._timeout = timeout
         self._closing_at = math.inf  # on the clock of time.monotonic
@@ -71,7 +89,14 @@ class Server(uvicorn.Server):
         """Start the application, and take connections."""
         await super().startup(sockets)
         if sys.platform != "win32":
-            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._reload)
+            asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._service.reload)
+        if self._post is not None:
+            self._post.begin(
+                served=self._service.served,
+                state=self._service.state,
+                reload=self._service.reload,
+                stop=lambda: self.handle_exit(signal.SIGTERM, None),
+            )
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to drain at the first signal; close the port at the second."""
@@ -87,6 +112,8 @@ class Server(uvicorn.Server):
         Without one, the event loop takes no connection and says nothing.
         """
         self._look_for_descriptors()
+        if self._post is not None and not self._post.goes_on():
+            self._lifecycle.draining = self.should_exit = True
         self.should_exit = self.should_exit or time.monotonic() >= self._closing_at
         return await super().on_tick(counter)
 
@@ -104,6 +131,6 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, wait for requests in flight, and end those that take too long."""
-        timer = asyncio.get_running_loop().call_later(self._timeout, self._abandon)
+        timer = asyncio.get_running_loop().call_later(self._timeout, self._service.abandon)
         await super().shutdown(sockets)
         timer.cancel()

@@ -13,7 +13,7 @@ import uvicorn
 
 from carso.http.listening import listen, urls
 from carso.http.parser import bounded
-from carso.http.server import Server, Service
+from carso.http.server import Post, Server, Service
 from carso.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -26,8 +26,11 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 KEEP_ALIVE = 75
 
 
-def run(service: Service, settings: Settings, sockets: list[socket.socket]) -> None:
-    """Serve at these bound sockets until SIGTERM or SIGINT, and drain. Raises CannotListen."""
+def run(service: Service, settings: Settings, sockets: list[socket.socket], post: Post | None = None) -> None:
+    """Serve at these bound sockets until SIGTERM or SIGINT, and drain. Raises CannotListen.
+
+    `post`: whoever a worker reports to, and who logs what concerns all workers; None where this process is alone.
+    """
     _settle()
     config = uvicorn.Config(
         service.app,
@@ -41,15 +44,10 @@ def run(service: Service, settings: Settings, sockets: list[socket.socket]) -> N
         timeout_keep_alive=KEEP_ALIVE,
     )
     listen(sockets, backlog=config.backlog)  # before the log says "ready"
-    log.info("listening", extra={"fields": {"addresses": urls(sockets)}})
-    Server(
-        config,
-        lifecycle=service.lifecycle,
-        abandon=service.abandon,
-        reload=service.reload,
-        delay=settings.drain_delay_s,
-        timeout=settings.drain_timeout_s,
-    ).run(sockets)  # raises the signal that ended it once more; by then all is done
+    if post is None:
+        log.info("listening", extra={"fields": {"addresses": urls(sockets)}})
+    server = Server(config, service, delay=settings.drain_delay_s, timeout=settings.drain_timeout_s, post=post)
+    server.run(sockets)  # raises the signal that ended it once more; by then all is done
 
 
 def _settle() -> None:

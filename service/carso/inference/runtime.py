@@ -24,7 +24,7 @@ class InstallationError(Exception):
 
 def check_runtime() -> None:
     """Check that exactly one build of ONNX Runtime is installed, without importing it. Raises InstallationError."""
-    found = [build for build in BUILDS if _installed(build)]
+    found = [build for build in BUILDS if installed(build)]
     if len(found) > 1:
         raise InstallationError(
             f"{' and '.join(found)} are both installed, and overwrite each other's files. Remove all of them, then "
@@ -36,7 +36,8 @@ def check_runtime() -> None:
         )
 
 
-def _installed(distribution: str) -> bool:
+def installed(distribution: str) -> bool:
+    """Tell whether a distribution is installed."""
     try:
         version(distribution)
     except PackageNotFoundError:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from datetime import UTC, datetime
 from typing import Literal
 
@@ -46,16 +49,41 @@ def _shown(value: object) -> str:
     return text if text.isprintable() else repr(text)
 
 
-def configure(level: str, form: Format) -> None:
+class Lines(logging.Handler):
+    """Writes to a standard error that several processes share: whole lines, one process at a time.
+
+    The kernel itself keeps only short lines together, and only in a pipe.
+    """
+
+    def __init__(self, lock: Callable[[], AbstractContextManager[None]], worker: int | None) -> None:
+        """`lock` keeps the other processes out. `worker`: the number that each line has; None: it has none."""
+        super().__init__()
+        self._lock = lock
+        self._worker = worker
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        try:
+            if self._worker is not None:
+                record.fields = {"worker": self._worker, **getattr(record, "fields", {})}
+            line = f"{self.format(record)}\n".encode(errors="backslashreplace")
+            with self._lock():
+                while line:
+                    line = line[os.write(sys.stderr.fileno(), line) :]
+        except Exception:  # as logging's own handlers do
+            self.handleError(record)
+
+
+def configure(level: str, form: Format, handler: logging.Handler | None = None) -> None:
     """Send all logs of this process, those of the HTTP server included, through one formatter.
 
-    `form`: "auto" is text if standard error is a terminal.
+    `form`: "auto" is text if standard error is a terminal. `handler`: None writes to standard error.
     """
     if form == "auto":
         form = "text" if sys.stderr.isatty() else "json"
     # None of this is in our lines, and looking it up takes as long as the rest of a line (logging's own advice).
     logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     logging._srcfile = None
-    handler = logging.StreamHandler()
+    handler = handler or logging.StreamHandler()
     handler.setFormatter(TextFormatter() if form == "text" else JsonFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler], force=True)

@@ -1,0 +1,1 @@
+"""Several processes that serve at one port: who starts them, who replaces them, and where they run."""
