@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from carso.bundle import REQUIRED, VOTE_INT8, Bundle, BundleError, Cell, Threat, sealed
+from carso.bundle import BOUNDS, REQUIRED, VOTE_INT8, Bundle, BundleError, Cell, Threat, sealed
 
 from tests.bundles import COLOUR, SMALL, copy_of, random_images, shared_bundle
 
-FILES = [*REQUIRED, VOTE_INT8, "classifier.safetensors", "code_encoder.safetensors", "decoder.safetensors"]
+FILES = [*REQUIRED, BOUNDS, VOTE_INT8, "classifier.safetensors", "code_encoder.safetensors", "decoder.safetensors"]
 
 
 @pytest.fixture
@@ -281,7 +281,7 @@ def test_a_threat_is_named_by_its_attack_and_eps(eps, name):
     assert Threat.model_validate(CELL["threat"] | {"eps": eps}).name == name
 
 
-@pytest.mark.parametrize("name", ["images", "latents", "code_index", "probabilities", "codes", "votes"])
+@pytest.mark.parametrize("name", ["images", "latents", "code_index", "probabilities", "codes", "votes", "margins"])
 def test_a_self_test_array_of_the_wrong_shape_is_refused_by_name(bundle, name):
     arrays = self_test_arrays(bundle)
     arrays[name] = arrays[name][..., None]

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from carso.bundle import Bundle
+from carso.bundle import BOUNDS, Bundle, sealed
 from carso_training import run as run_module
 from carso_training.__main__ import main
 from carso_training.attacks import attack_named
@@ -30,7 +30,10 @@ from carso_training.fitting.classifier import attacked_together
 from carso_training.networks import build_classifier
 from carso_training.recipe import PRESETS
 from carso_training.robustness import typical as typical_module
+from carso_training.robustness.figures import networks
+from carso_training.robustness.figures import read as read_figures
 from carso_training.robustness.published import DEFENCES
+from carso_training.robustness.report import as_markdown
 from carso_training.robustness.voting import pipeline_of, robust_answers, vote_seeds
 from lightning_fabric import Fabric
 
@@ -462,6 +465,37 @@ def test_a_folder_of_a_release_whose_recipes_had_fewer_fields_is_still_the_same_
     del earlier["certified_training"]
     path.write_text(json.dumps(earlier))
     assert carso_train("evaluate", tiny, "--folder", damaged, "--split", "test").status == 0
+
+
+def test_the_graph_by_which_labels_are_proven_can_be_added_to_a_bundle_that_lacks_it(
+    tiny_run: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_run / "bundle", tmp_path / "bundle")
+    before = Bundle.load(folder)
+    with np.load(folder / "self_test.npz") as arrays:
+        np.savez(folder / "self_test.npz", **{name: array for name, array in arrays.items() if name != "margins"})
+    (folder / BOUNDS).unlink()
+    sealed(folder, before.manifest.model_dump(mode="json", exclude={"schema_version", "files"}))
+    older = Bundle.load(folder)
+    assert older.bounds is None and older.self_test.margins is None
+
+    assert carso_train("bounds", folder).out.strip() == str(folder / BOUNDS)
+    after = Bundle.load(folder)
+    assert after.bounds == before.bounds
+    np.testing.assert_allclose(after.self_test.margins, before.self_test.margins, rtol=1e-5)
+    assert networks(after) == networks(older) == networks(before)
+
+
+def test_what_is_proven_is_counted_on_all_images_of_the_split(tiny_run: Path, tmp_path: Path) -> None:
+    command = ("evaluate", tiny_run / "bundle", "--protocol", "certified", "--eps", "0.01", "--eps", "0.4")
+    said = carso_train(*command, "--out", tmp_path)
+    assert said.status == 0, said.error
+    weak, strong = read_figures(tmp_path)[0]
+    assert weak.file_name == "certified-classifier-linf-0.01.json"
+    assert (weak.cell.images, weak.cell.kind, weak.measured.subset) == (10_000, "white-box", "all 10000")
+    assert weak.clean >= weak.cell.correct >= strong.cell.correct
+    assert weak.cell.threat.settings["proven"] >= weak.cell.correct
+    assert "the classifier alone, right and proven" in as_markdown(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_refused_by_name(tiny: Path, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     manifest.json       what the bundle is, and the SHA-256 of every other file in it
     first_pass.onnx     images -> probabilities, codes
+    first_pass_bounds.onnx  images, labels, eps -> margins: what `carso.inference.certificate` proves by; optional
     vote.onnx           codes, code_index, latents -> votes [, purified]
     vote_int8.onnx      as vote.onnx, in 8-bit arithmetic for CPUs; a bundle may lack it
     self_test.npz       inputs, and the answers that intact graphs give to them
@@ -35,10 +36,12 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"
 FIRST_PASS = "first_pass.onnx"  # noqa: S105 (the name of a graph)
+BOUNDS = "first_pass_bounds.onnx"
 VOTE = "vote.onnx"
 VOTE_INT8 = "vote_int8.onnx"
 SELF_TEST = "self_test.npz"
 REQUIRED = (FIRST_PASS, VOTE, SELF_TEST)
+SELF_TEST_EPS = 0.01  # of the margins in the self-test, in units of the input's values
 
 Norm = Literal["linf", "l2"]
 # What an attacker differentiates or queries. `classifier`: the classifier of the defence under test, which for CARSO is
@@ -232,6 +235,7 @@ class Manifest(_Strict):
     recounts: tuple[Recount, ...] = ()  # what int8 votes change, as far as it was measured
     typical: Typical | None = None  # None: this bundle cannot tell
     disagreement: Disagreement | None = None  # None: not measured
+    unbounded: str | None = None  # why there is no first_pass_bounds.onnx, where its export was tried and failed
     files: dict[FileName, Sha256]
 
     @model_validator(mode="after")
@@ -251,6 +255,8 @@ class SelfTest:
     probabilities: np.ndarray  # [M, classes] float32
     codes: np.ndarray  # [M, code] float32
     votes: np.ndarray  # [R] int64
+    # [M] float32: the first pass's own labels, at SELF_TEST_EPS; None: the bundle has no bounds
+    margins: np.ndarray | None = None
 
 
 class Key(Protocol):
@@ -268,6 +274,7 @@ class Bundle:
     manifest: Manifest
     checksum: str  # SHA-256 of the manifest, and so of all that it lists
     first_pass: bytes  # ONNX graph
+    bounds: bytes | None  # ONNX graph
     vote: bytes  # ONNX graph
     vote_int8: bytes | None  # ONNX graph
     self_test: SelfTest
@@ -304,7 +311,7 @@ class Bundle:
                     f"{folder / name} is damaged: its SHA-256 is {found}, the manifest says {expected}. "
                     "Copy the bundle again, or export it again with carso-train."
                 )
-            if name in (*REQUIRED, VOTE_INT8) or name.startswith(f"{SAMPLES}/"):
+            if name in (*REQUIRED, BOUNDS, VOTE_INT8) or name.startswith(f"{SAMPLES}/"):
                 files[name] = data
         samples = _samples(folder / INDEX, files, manifest)
         return cls(
@@ -312,6 +319,7 @@ class Bundle:
             manifest=manifest,
             checksum=checksum,
             first_pass=files[FIRST_PASS],
+            bounds=files.get(BOUNDS),
             vote=files[VOTE],
             vote_int8=files.get(VOTE_INT8),
             self_test=_self_test(folder / SELF_TEST, files[SELF_TEST], manifest),
@@ -416,6 +424,7 @@ def _self_test(path: Path, content: bytes, manifest: Manifest) -> SelfTest:
         "probabilities": (images, len(manifest.classes)),
         "codes": (images, manifest.code),
         "votes": (votes,),
+        **({} if test.margins is None else {"margins": (images,)}),
     }
     for name, shape in expected.items():
         array = getattr(test, name)

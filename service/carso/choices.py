@@ -15,6 +15,11 @@ Checked = Literal["robust", "all", "off"]  # on which paths images are compared 
 Untypical = Literal["mark", "refuse"]  # what happens to an image that is not like that
 Fit = Literal["pad", "stretch"]  # how an image of other proportions is made to fit
 
+# What an answer says of a proof (docs/certificate.md). report: what is proven at an eps. decide: the same, and a proven
+# label needs no vote. max: the largest eps that is proven
+Certifying = Literal["off", "report", "decide", "max"]
+CertifyMode = Literal["report", "decide", "max"]
+
 # ONNX Runtime's execution providers
 CUDA = "CUDAExecutionProvider"
 CPU = "CPUExecutionProvider"

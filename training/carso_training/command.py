@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import logging
@@ -14,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from carso import CarsoError, Client
-from carso.bundle import MANIFEST, Bundle, BundleError
+from carso.bundle import BOUNDS, MANIFEST, Bundle, BundleError
 from carso.inference.runtime import InstallationError, check_runtime
 from carso.inference.sessions import DeviceError
 from carso.samples import SAMPLES
@@ -27,9 +28,13 @@ from rich.logging import RichHandler
 from carso_training import durable
 from carso_training.datasets import dataset
 from carso_training.errors import DeviceUnavailableError, RecipeError, RunError, TrainingError
+from carso_training.export.files import bounds_of
+from carso_training.export.weights import classifier_of
+from carso_training.networks.bounds import UnboundedLayerError
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness import plots
 from carso_training.robustness.blackbox import Service
+from carso_training.robustness.certified import certified
 from carso_training.robustness.disagreement import disagreement_of
 from carso_training.robustness.effort import EFFORTS, EffortName
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of
@@ -52,7 +57,7 @@ app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_
 
 INTERRUPTED = 130  # as a shell reports Ctrl-C
 SANITY_IMAGES = 200  # the checks make their attacks a dozen times over
-WantedProtocol = Literal["published", "strong", "adaptive", "sanity", "controls", "blackbox", "full"]
+WantedProtocol = Literal["published", "certified", "strong", "adaptive", "sanity", "controls", "blackbox", "full"]
 STRONG_EPS = (0.05, 0.10, 0.15, 0.20, 0.25, 0.30, 0.35, 0.40)  # cheap: the classifier of the first pass is small
 ADAPTIVE_EPS = (0.15, 0.30)
 SAMPLE_EPS = (0.10, 0.15, 0.20, 0.25, 0.30)
@@ -146,10 +151,11 @@ def evaluate(
     protocol: Annotated[
         WantedProtocol,
         typer.Option(
-            help="published: the attacks of the published table, which see a classifier only (needs a recipe). strong: "
+            help="published: the attacks of the published table, which see a classifier only (needs a recipe). "
+            "certified: what is proven of the classifier, on all images, at the strengths of `strong`. strong: "
             "the classifier alone, all attacks. adaptive: CARSO, by an attacker who knows all of it. sanity: checks "
             "that the attacks work. controls: simpler defences, and other numbers of votes. blackbox: a running "
-            "service (--url), by its labels alone. full: all of these but blackbox."
+            "service (--url), by its labels alone. full: all of these but certified and blackbox."
         ),
     ] = "published",
     split: Annotated[
@@ -218,7 +224,12 @@ def evaluate(
         if protocol in ("published", "full"):
             for table in as_rich(opened.measure(system, bundle, split=split)):
                 Console(width=WIDTH).print(table)
-    if protocol != "published":
+    if protocol == "certified":
+        data, folder = images_of(bundle, split, given=source), out or Path("runs") / "robustness" / bundle.manifest.name
+        for figure in certified(bundle, data=data, split=split, strengths=eps or STRONG_EPS, out=folder):
+            _show(figure)
+        typer.echo(folder)
+    elif protocol != "published":
         torch.set_num_threads(threads)
         chosen_effort = EFFORTS[effort]
         budget = replace(chosen_effort, steps=steps or chosen_effort.steps, latents=latents or chosen_effort.latents)
@@ -302,6 +313,28 @@ def disagreement(
     )
     rewrite(bundle, disagreement=found)
     typer.echo(f"{folder}: the paths disagree on {found.disagree} of {found.images} validation images")
+
+
+@app.command()
+def bounds(
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+) -> None:
+    """Add to a bundle the graph by which the service proves labels. Its networks stay as they are. `run` does this too.
+
+    A bundle whose labels cannot be proven is told so, and why.
+    """
+    bundle = Bundle.load(folder)
+    answers = {
+        name: array
+        for name, array in dataclasses.asdict(bundle.self_test).items()
+        if array is not None and name != "margins"
+    }
+    try:
+        files = bounds_of(classifier_of(bundle), answers)
+    except UnboundedLayerError as e:
+        raise RunError(f"no label of {folder} can be proven: {e}") from None
+    rewrite(bundle, files=files, unbounded=None)
+    typer.echo(folder / BOUNDS)
 
 
 @app.command()

@@ -234,7 +234,7 @@ def _presets() -> dict[str, Recipe]:
     certified = conv | {
         "name": "mnist-certified",
         "classifier": {"network": "conv", "steepness": 60.0, "channels": (16, 32), "hidden": 128},
-        "undefended": Schedule(epochs=1, peak_lr=2e-3, **adamw),
+        "undefended": Schedule(epochs=1, peak_lr=2e-3, **adamw | {"averaging": 0.95}),
         "adversarial": Schedule(epochs=30, peak_lr=1e-3, batch_size=128, rate="steps", optimizer="adamw"),
         "robust_training": None,
         "certified_training": CertifiedTraining(),

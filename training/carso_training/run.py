@@ -195,7 +195,7 @@ class Run:
         if self.fabric.is_global_zero and not target.exists():
             part = target.with_suffix(".part")
             shutil.rmtree(part, ignore_errors=True)
-            export(
+            unbounded = export(
                 classifier=system.classifier,
                 purifier=system.purifier,
                 second_pass=system.second_pass,
@@ -203,14 +203,14 @@ class Run:
                 folder=part,
                 seed=self.recipe.seed,
             )
-            self._seal(part, cells=[])
+            self._seal(part, cells=[], unbounded=unbounded)
             cells = self.measure(system, Bundle.load(part), split="test")
             for table in as_rich(cells):
                 Console(width=WIDTH).print(table)
             typical = self.typical(Bundle.load(part))
             disagreement = disagreement_of(Bundle.load(part), validation=self.validation, seed=self.recipe.seed)
             (part / CARD).write_text(model_card(self.recipe, cells, risk=RISK, typical=typical))
-            self._seal(part, cells=cells, typical=typical, disagreement=disagreement)
+            self._seal(part, cells=cells, typical=typical, disagreement=disagreement, unbounded=unbounded)
             part.replace(target)
             durable.sync_folder(target.parent)
         self.fabric.barrier()
@@ -304,6 +304,7 @@ class Run:
         folder: Path,
         *,
         cells: list[Cell],
+        unbounded: str | None,
         typical: Typical | None = None,
         disagreement: Disagreement | None = None,
     ) -> None:
@@ -326,6 +327,7 @@ class Run:
                 "table": [cell.model_dump() for cell in cells],
                 "typical": typical and typical.model_dump(),
                 "disagreement": disagreement and disagreement.model_dump(),
+                "unbounded": unbounded,
             },
         )
 

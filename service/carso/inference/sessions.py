@@ -1,4 +1,4 @@
-"""The two ONNX graphs of a bundle on a device: the only file that knows ONNX Runtime."""
+"""The ONNX graphs of a bundle on a device: the only file that knows ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ import numpy as np
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
-from carso.bundle import FIRST_PASS, VOTE, VOTE_INT8, Bundle
+from carso.bundle import BOUNDS, FIRST_PASS, SELF_TEST_EPS, VOTE, VOTE_INT8, Bundle
 from carso.choices import CPU, CUDA, PRECISIONS, Device, Precision, PrecisionAsked
+from carso.inference.certificate import unproven
 from carso.inference.precision import Choice, chosen
 from carso.inference.processors import usable_cpus
 
@@ -32,6 +33,9 @@ VOTE_TOLERANCE: dict[tuple[str, Precision], float] = {
     (CUDA, "float32"): 0.02,  # another order of sums
     (CUDA, "tf32"): 0.05,  # operands of 10 bits, which move scores by about 0.002; 0 of 8192 votes differed on an H200
 }
+
+# Margins are bounds on scores, which are larger than probabilities: absolute, and relative to the margin
+MARGIN_TOLERANCE = 1e-3
 
 # On CUDA, every new shape makes the arena grow and kernels be chosen again. So batches are padded to a few fixed sizes,
 # each of which is run once at the start. On the CPU padding would only cost, and so would binding.
@@ -51,10 +55,11 @@ class FirstPass:
 
 
 class Sessions:
-    """Both graphs of one bundle, built on one device. Not for use by two threads at once."""
+    """The graphs of one bundle, built on one device. Not for use by two threads at once."""
 
     provider: str  # the execution provider really in use, as the built session tells
     precision: Choice  # of the votes
+    unproven: str | None  # why `margins` cannot be asked, and what would change that; None: it can
 
     def __init__(
         self,
@@ -88,6 +93,12 @@ class Sessions:
             vote = _build(VOTE, bundle.vote, own_device, options, tf32=self.precision.precision == "tf32")
         self._buckets = tuple((CUDA_BUCKETS if self.provider == CUDA else ()) if buckets is None else buckets)
         self._first_pass, self._vote = (_Batches(session, self._buckets) for session in (first_pass, vote))
+        self.unproven = unproven(bundle, provider=self.provider)
+        self._bounds = (
+            None
+            if bundle.bounds is None or self.unproven
+            else _build(BOUNDS, bundle.bounds, "cpu", _options(threads=1, spin=spin))
+        )
         try:
             self._warm(bundle)
             self._check(bundle, self.precision.precision)
@@ -103,6 +114,18 @@ class Sessions:
         """Run the first pass on `images` [B, *shape] float32 in the bundle's value range."""
         found = self._first_pass.run(("probabilities", "codes"), {"images": images})
         return FirstPass(*(array[: len(images)] for array in found))
+
+    def margins(self, images: np.ndarray, labels: np.ndarray, eps: np.ndarray) -> np.ndarray:
+        """Return [B] float32: how far the score of a label is above all others, at least, on every image within eps.
+
+        `images` [B, *shape] float32 in the bundle's value range, `labels` [B] int64, `eps` [B] float32 in units of the
+        values. Where a margin is positive, the first pass gives this label to all those images: docs/certificate.md
+        has the proof. Raises DeviceError where nothing can be proven, with what `unproven` says.
+        """
+        if self._bounds is None:
+            raise DeviceError(f"nothing can be proven here: {self.unproven}")
+        found: np.ndarray = self._bounds.run(["margins"], {"images": images, "labels": labels, "eps": eps})[0]
+        return found
 
     def vote(self, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
         """Cast R votes and return their classes [R] int64.
@@ -173,10 +196,24 @@ class Sessions:
                 f"{vote_tolerance:.0%}). The device or its libraries compute wrongly, or the bundle was exported from "
                 "other weights."
             )
+        self._check_margins(bundle)
         log.info(
             "self-test passed on %s: scores off by %.1g in float32, %.1f%% of votes differ in %s",
             *(self.provider, strayed, 100 * other, precision),
         )
+
+    def _check_margins(self, bundle: Bundle) -> None:
+        test = bundle.self_test
+        if self._bounds is None or test.margins is None:
+            return
+        eps = np.full(len(test.images), SELF_TEST_EPS, np.float32)
+        found = self.margins(test.images, test.probabilities.argmax(axis=1), eps)
+        if not np.allclose(found, test.margins, atol=MARGIN_TOLERANCE, rtol=MARGIN_TOLERANCE):
+            raise DeviceError(
+                f"the self-test of bundle {bundle.folder} failed on {self.provider}: margins are off by "
+                f"{float(np.abs(found - test.margins).max()):.2g}. The device or its libraries compute wrongly, or the "
+                f"bundle's {BOUNDS} was exported from other weights."
+            )
 
 
 class _Batches:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import warnings
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 
@@ -12,14 +13,15 @@ import numpy as np
 import onnx
 import onnxscript  # noqa: F401  (torch.onnx.export needs it: better to miss it before training than after)
 import torch
-from carso.bundle import FIRST_PASS, SELF_TEST, VOTE, VOTE_INT8
+from carso.bundle import BOUNDS, FIRST_PASS, SELF_TEST, SELF_TEST_EPS, VOTE, VOTE_INT8
 from torch import Tensor, nn
 
 from carso_training import durable
 from carso_training.export import weights
-from carso_training.export.graphs import FirstPassGraph, VoteGraph
+from carso_training.export.graphs import BoundsGraph, FirstPassGraph, VoteGraph
 from carso_training.export.quantize import int8_form
 from carso_training.networks import Classifier, Purifier
+from carso_training.networks.bounds import UnboundedLayerError
 
 OPSET = 20
 SELF_TEST_IMAGES = 8
@@ -34,8 +36,10 @@ def export(
     images: Tensor,
     folder: Path,
     seed: int = 0,
-) -> None:
+) -> str | None:
     """Write the graphs, the weights and the known answers of a system into `folder`.
+
+    Return why there is no graph of bounds among them; None: there is one.
 
     `classifier` makes the first pass. `second_pass` votes on the purified images; None: the same classifier, as in the
     published system. `images` [>= 8, *shape] float32 in [0, 1], clean and attacked, calibrate the int8 graph, and the
@@ -71,10 +75,39 @@ def export(
         answers = _known_answers(classifier, purifier, voter, images[:SELF_TEST_IMAGES], seed=seed)
     for name, graph in ((FIRST_PASS, first_pass), (VOTE, vote), (VOTE_INT8, int8)):
         durable.write(folder / name, graph.SerializeToString())
-    packed = io.BytesIO()
-    np.savez(packed, **answers)
-    durable.write(folder / SELF_TEST, packed.getvalue())
+    unbounded = None
+    try:
+        bounds = bounds_of(classifier, answers)
+    except UnboundedLayerError as e:
+        unbounded = str(e)
+        durable.write(folder / SELF_TEST, _packed(answers))
+    else:
+        for name, content in bounds.items():
+            durable.write(folder / name, content)
     weights.save(folder, classifier=classifier, purifier=purifier, second_pass=second_pass)
+    return unbounded
+
+
+@torch.no_grad()
+def bounds_of(classifier: Classifier, answers: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Return the files by which a bundle can prove labels: its graph of bounds, and its self-test with margins.
+
+    `classifier`: of the first pass, on the CPU and in eval mode. `answers`: the self-test's arrays without margins.
+    Raises UnboundedLayerError if bounds cannot be taken through the classifier.
+    """
+    graph, images = BoundsGraph(classifier).eval(), torch.from_numpy(answers["images"])
+    labels = torch.from_numpy(answers["probabilities"].argmax(axis=1))
+    margins = graph(images, labels, torch.full((len(images),), SELF_TEST_EPS))
+    rows = {"images": "batch", "labels": "batch", "eps": "batch"}
+    inputs = {"images": images[:2], "labels": labels[:2], "eps": torch.zeros(2)}
+    exported = _exported(graph, inputs, outputs=("margins",), rows=rows)
+    return {BOUNDS: exported.SerializeToString(), SELF_TEST: _packed({**answers, "margins": margins.numpy()})}
+
+
+def _packed(answers: Mapping[str, np.ndarray]) -> bytes:
+    packed = io.BytesIO()
+    np.savez(packed, **dict(answers))
+    return packed.getvalue()
 
 
 def _exported(

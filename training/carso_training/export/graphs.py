@@ -1,4 +1,4 @@
-"""The two functions that a bundle ships, as torch modules that are exported to ONNX."""
+"""The functions that a bundle ships, as torch modules that are exported to ONNX."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from carso_training.networks import Classifier, Purifier
+from carso_training.networks.bounds import UnboundedLayerError, box_of, margins
 
 
 class FirstPassGraph(nn.Module):
@@ -34,3 +35,24 @@ class VoteGraph(nn.Module):
         purified = self.decoder(codes, code_index, latents)
         scores, _ = self.classifier(purified)
         return scores.argmax(dim=1), purified
+
+
+class BoundsGraph(nn.Module):
+    """images [B, *shape] in [0, 1], labels [B] int64, eps [B] -> margins [B]: the smallest lead that is proven.
+
+    Where a margin is positive, the first pass gives this label to every image within eps (docs/certificate.md).
+    """
+
+    def __init__(self, classifier: Classifier) -> None:
+        """Raises UnboundedLayerError if bounds cannot be taken through the classifier."""
+        super().__init__()
+        layers = classifier.chain()
+        if layers is None:
+            raise UnboundedLayerError(f"the network {classifier.config.network} is not a chain of layers")
+        self.layers = nn.ModuleList(layers)
+        self.classes = classifier.config.classes
+
+    def forward(self, images: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
+        leads = margins(list(self.layers), box_of(images, eps), labels, slack=True)
+        own = torch.arange(self.classes) == labels.unsqueeze(1)
+        return torch.where(own, torch.inf, leads).amin(dim=1)

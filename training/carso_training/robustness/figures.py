@@ -12,13 +12,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
-from carso.bundle import Bundle, Cell
+from carso.bundle import BOUNDS, Bundle, Cell
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from carso_training import durable
 from carso_training.errors import RunError
 
-Protocol = Literal["adaptive", "strong", "controls", "blackbox"]
+Protocol = Literal["adaptive", "certified", "strong", "controls", "blackbox"]
 Split = Literal["validation", "test"]
 Settings = dict[str, int | float | str]
 LIBRARIES = ("torch", "onnxruntime", "onnxruntime-gpu", "numpy")
@@ -96,9 +96,14 @@ class Sanity(_Strict):
 
 
 def networks(bundle: Bundle) -> str:
-    """Return the SHA-256 of all that a bundle computes: its graphs and weights, without card, table and self-test."""
+    """Return the SHA-256 of all that a bundle computes: its graphs and weights, without card, table and self-test.
+
+    The graph of bounds follows from the weights, and may be added later.
+    """
     files = bundle.manifest.files
-    parts = [f"{name} {files[name]}" for name in sorted(files) if name.endswith((".onnx", ".safetensors"))]
+    parts = [
+        f"{name} {files[name]}" for name in sorted(files) if name.endswith((".onnx", ".safetensors")) and name != BOUNDS
+    ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

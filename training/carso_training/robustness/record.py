@@ -19,7 +19,8 @@ from carso_training.robustness.published import RISK
 from carso_training.robustness.system import recipe_of
 from carso_training.robustness.table import PROTOCOLS
 
-RECORDED = ("adaptive", "strong", "blackbox")  # controls are of other systems than the bundle, but for those of int8
+# Controls are of other systems than the bundle, but for those of int8
+RECORDED = ("adaptive", "certified", "strong", "blackbox")
 CLEAN = Threat(attack="none", norm="linf", eps=0, sees="nothing")
 
 
@@ -77,12 +78,19 @@ def _recounts(found: Sequence[Figure], *, votes: str) -> list[Recount]:
     return recounts
 
 
-def rewrite(bundle: Bundle, *, samples: Mapping[str, bytes] | None = None, **measured: Any) -> None:
+def rewrite(
+    bundle: Bundle,
+    *,
+    samples: Mapping[str, bytes] | None = None,
+    files: Mapping[str, bytes] | None = None,
+    **measured: Any,
+) -> None:
     """Write a bundle again, beside the old one and swapped, with what was measured in its manifest and model card.
 
     `measured`: fields of the manifest, in place of the old ones. `samples`: the files of its samples by their names in
-    the bundle, in place of the old ones; None: they stay. The networks stay as they are. Raises RecipeError if the
-    manifest holds no recipe of this release, BundleError if the bundle would not load, and OSError.
+    the bundle, in place of the old ones; None: they stay. `files`: others to write. The networks stay as they are.
+    Raises RecipeError if the manifest holds no recipe of this release, BundleError if the bundle would not load, and
+    OSError.
     """
     folder = bundle.folder
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
@@ -96,6 +104,8 @@ def rewrite(bundle: Bundle, *, samples: Mapping[str, bytes] | None = None, **mea
         (part / SAMPLES).mkdir()
         for name, content in samples.items():
             (part / name).write_bytes(content)
+    for name, content in (files or {}).items():
+        (part / name).write_bytes(content)
     card = model_card(recipe_of(bundle), manifest.table, risk=RISK, typical=manifest.typical, samples=shipped)
     (part / CARD).write_text(card)
     sealed(part, manifest.model_dump(mode="json", exclude={"schema_version", "files"}))

@@ -30,6 +30,7 @@ PLACE = re.compile(
 TITLES = {
     ("strong", "classifier"): "the classifier alone, strong attacks",
     ("adaptive", "carso"): "CARSO, adaptive attacks",
+    ("certified", "classifier"): "the classifier alone, right and proven",
     ("blackbox", "carso"): "CARSO, attacked through its HTTP API",
 }
 

@@ -1,0 +1,90 @@
+"""Proving labels: that the first pass gives the same label to every image within eps of one.
+
+The margins come from the bundle's graph of bounds; docs/certificate.md has the proof. All here is about which eps to
+ask for. eps is in units of the input's values, and an image is within eps if no value differs by more.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from carso.bundle import BOUNDS, Bundle
+from carso.choices import CPU, CertifyMode
+
+BISECTIONS = 7
+STEPS = 2**BISECTIONS  # `max` finds the largest proven multiple of 1/STEPS
+
+Margins = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
+"""images [B, *shape] float32, labels [B] int64, eps [B] float32 -> margins [B] float32; see Sessions.margins."""
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Every image within `eps` gets the same label from the first pass."""
+
+    eps: float
+    margin: float  # > 0: by how much the label's score stays above all others, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Certify:
+    """What is to be proven of a job's images."""
+
+    mode: CertifyMode
+    eps: float  # in (0, 1]; not used by `max`
+
+    @property
+    def rows(self) -> int:
+        """Rows of work for each image: a pass of bounds costs about two first passes."""
+        return 2 * (BISECTIONS if self.mode == "max" else 1)
+
+
+def unproven(bundle: Bundle, *, provider: str) -> str | None:
+    """Return why nothing can be proven of a bundle's labels on an execution provider, and the mend; None: it can be."""
+    if provider != CPU:
+        return (
+            "a certificate is proven for sums of float32 products, as processors compute them, and not for "
+            f"{provider}, where products may be TF32 and convolutions other sums: set CARSO_DEVICE=cpu"
+        )
+    if bundle.bounds is not None:
+        return None
+    if because := bundle.manifest.unbounded:
+        return f"bundle {bundle.manifest.name} has no {BOUNDS}, since {because}"
+    return f"bundle {bundle.manifest.name} has no {BOUNDS}: add it with `carso-train bounds {bundle.folder}`"
+
+
+def rounded_up(eps: float) -> np.float32:
+    """Return the smallest float32 number that is at least eps: proving more is safe, proving less is not."""
+    near = np.float32(eps)
+    return near if float(near) >= eps else np.nextafter(near, np.float32(math.inf))
+
+
+def certificates(
+    margins: Margins, images: np.ndarray, labels: np.ndarray, asked: Certify
+) -> tuple[Certificate | None, ...]:
+    """Return what is proven of each image [n, *shape] and its first pass's label [n]; None: nothing.
+
+    `max` gives the largest proven multiple of 1/STEPS below 1, by bisection. It runs BISECTIONS passes, and the others
+    one.
+    """
+    if asked.mode != "max":
+        found = margins(images, labels, np.full(len(images), rounded_up(asked.eps), np.float32))
+        return tuple(_proven(asked.eps, margin) for margin in found.tolist())
+    best: list[Certificate | None] = [None] * len(images)
+    proven, unknown = np.zeros(len(images), np.int64), np.full(len(images), STEPS)  # nothing is proven of STEPS
+    for _ in range(BISECTIONS):
+        middle = (proven + unknown) // 2
+        eps = middle / STEPS  # exact in float32
+        found = margins(images, labels, eps.astype(np.float32))
+        for image, (tried, margin) in enumerate(zip(eps.tolist(), found.tolist(), strict=True)):
+            best[image] = _proven(tried, margin) or best[image]
+        proven, unknown = np.where(found > 0, middle, proven), np.where(found > 0, unknown, middle)
+    return tuple(best)
+
+
+def _proven(eps: float, margin: float) -> Certificate | None:
+    return Certificate(eps, margin) if margin > 0 else None  # not so for NaN
