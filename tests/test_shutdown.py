@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from carso.inference.sessions import Sessions
 from carso.settings import Settings, SettingsError
 
 from tests.bundles import SMALL, copy_of, shared_bundle
-from tests.calls import BATCH, ENDLESS, FEW, VALUES, as_npy, as_png, in_flight, sample, started_body
+from tests.calls import BATCH, ENDLESS, FEW, PNG, VALUES, as_npy, as_png, in_flight, request, sample, started_body
 from tests.paced import building
 from tests.server import COMMAND, Server, environment, serving
 from tests.signals import catches
@@ -125,6 +126,37 @@ def test_what_is_in_flight_when_the_port_closes_is_answered_by_its_deadline(tmp_
             assert server.leaves() == 0
             return
     raise AssertionError("the port never closed before the deadline")
+
+
+def test_a_request_whose_head_is_on_its_way_when_the_port_closes_is_answered(tmp_path):
+    """On a new connection, and on one that had an answer before."""
+    whole = request("/classify/fast", PNG, content_type="image/png")
+    with serving(shared_bundle(SMALL), tmp_path / "log") as server, server.connect() as new, server.connect() as used:
+        used.sendall(whole)
+        with used.makefile("rb") as reader:
+            head = b"".join(iter(reader.readline, b"\r\n"))
+            assert head.startswith(b"HTTP/1.1 200")
+            reader.read(int(re.search(rb"content-length: (\d+)", head)[1]))
+        for connection in (new, used):
+            connection.sendall(whole[:20])
+        with server.client() as client:
+            assert as_png("/classify/fast", client).status_code == 200  # by now, what was sent before was read
+        server.process.send_signal(signal.SIGTERM)
+        eventually(lambda: refuses_connections(server))
+        for connection in (new, used):
+            connection.sendall(whole[20:])
+            told = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
+            assert told.startswith(b"HTTP/1.1 200")
+            assert b"connection: close" in told
+        assert server.leaves() == 0
+
+
+def test_a_connection_that_sends_nothing_does_not_hold_up_the_end(tmp_path):
+    with serving(shared_bundle(SMALL), tmp_path / "log", drain_timeout_s=3600) as server, server.connect():
+        with server.client() as client:
+            assert client.get("/livez").status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        assert server.leaves() == 0
 
 
 def refuses_connections(server: Server) -> bool:

@@ -8,7 +8,6 @@ import inspect
 import logging
 import os
 import signal
-import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -91,8 +90,9 @@ def serve(**options: object) -> None:
     try:
         settings = Settings.read({name: value for name, value in options.items() if value is not None})
         check_runtime()
-        count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=may_be_on_gpu(settings.device))
-        if count > 1 and worker is None:
+        several = settings.workers != 1 and worker is None
+        count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=may_be_on_gpu(settings.device)) if several else 1
+        if count > 1:
             _supervise(settings, count)
         else:
             _serve(settings, worker)
@@ -153,8 +153,8 @@ def _supervise(settings: Any, workers: int) -> None:
         _exit(e, e.status)
 
 
-def _bound(settings: Any) -> list[socket.socket]:
-    """Open the sockets of the service: before the bundle is loaded, so that a taken port is known at once."""
+def _bound(settings: Any) -> Any:
+    """Return the sockets of the service: opened before the bundle is loaded, so that a taken port is known at once."""
     from carso.http.listening import CannotListen, UnknownHost, bind
 
     try:

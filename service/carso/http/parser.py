@@ -16,6 +16,7 @@ from carso.http.upgrades import SteadfastParser
 
 NOT_HTTP = "this is not an HTTP/1.1 request: use an HTTP client"
 HEAD_BYTES = 64 * 2**10  # request line and headers; nginx takes 32 KiB, Apache 8 KiB a line
+LAST = 1.0  # seconds that a new connection has to begin its first request, once the port is closed
 GRACE = 1.0  # seconds to wait for a body's end longer than the application does, which then answers 408
 
 
@@ -79,6 +80,20 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
             self._head = None
             self._begin(None)
             super().on_message_complete()
+
+        def shutdown(self) -> None:
+            """Close the connection once no request can be on its way, as the port is closed.
+
+            uvicorn by itself drops a connection that has not sent its whole head yet. But the client was connected in
+            time, and has no other way to tell that its request was not taken.
+            """
+            if self.cycle is not None and not self.cycle.response_complete:
+                super().shutdown()  # the answer is the last one
+            elif self._seconds is None and self.cycle is None:
+                self._close_after(min(LAST, receive_timeout))
+            elif self._seconds is None:
+                super().shutdown()  # it is idle
+            # else a head is on its way, its time runs, and the answer, which says so, is the last one
 
         def connection_lost(self, exc: Exception | None) -> None:
             self._close_after(None)
