@@ -20,7 +20,7 @@ ROOMS = (
     ("telemetry",),
     ("http",),
     ("api",),
-    ("app", "bundle_commands", "verification", "workers"),
+    ("app", "browser", "bundle_commands", "verification", "workers"),
     ("command",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}

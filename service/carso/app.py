@@ -18,7 +18,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
-from carso.api import docs, open_inference, openapi, operations
+from carso.api import docs, open_inference, openapi, operations, page
 from carso.api.answers import DeviceInfo, Info, Limits, bundle_info, bundle_name
 from carso.api.classification import Classification
 from carso.api.intake import Intake
@@ -192,7 +192,11 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
     ]
     open_inference.add_to(app, models, probes)
     docs.add_to(app)
+    page.add_samples_to(app, bundle)
     keyless = PROBES | docs.PATHS
+    if settings.page:
+        page.add_to(app)
+        keyless |= page.paths()
     # FastAPI's own way to do it
     app.openapi = openapi.documented(app, keys=keys is not None, but=keyless)  # type: ignore[method-assign]
     for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):

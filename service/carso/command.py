@@ -15,8 +15,10 @@ from typing import Annotated, Any, Literal, NoReturn, get_args, get_origin
 
 log = logging.getLogger("carso.command")  # however this file is run
 
+SERVING = (["serve"], ["demo"])
 BAD_SETTING = 2
 CANNOT_START = 1
+BACKLOG = 128  # connections that wait while the service starts
 INSTALL = "pip install 'carso[cpu]', or pip install 'carso[gpu]' for NVIDIA GPUs"
 
 
@@ -28,12 +30,12 @@ def main() -> None:
     """
     # Before the imports, which take most of the start: of the first process of a container, the kernel drops a signal
     # that has no handler, and the container would go on to serve.
-    if "serve" in sys.argv[1:2]:
+    if sys.argv[1:2] in SERVING:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, _leave)
         if sys.platform != "win32":
             signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until the server takes over, which reads the keys again
-    is_serving = "serve" in sys.argv[1:2] or "_CARSO_COMPLETE" in os.environ  # the latter is a shell that completes
+    is_serving = sys.argv[1:2] in SERVING or "_CARSO_COMPLETE" in os.environ  # the latter is a shell that completes
     command_line(with_settings=is_serving)(prog_name="carso")
 
 
@@ -69,8 +71,10 @@ def command_line(*, with_settings: bool = True) -> Any:
     ) -> None:
         """Serve image classification that is hardened against adversarial inputs, and ask such a service."""
 
-    serve.__signature__ = inspect.Signature(_options() if with_settings else ())  # type: ignore[attr-defined]  # PEP 362
-    for part in (serve, commands.classify, commands.info, commands.bench, verification.verify):
+    for serving in (serve, demo):
+        signature = inspect.Signature(_options() if with_settings else ())
+        serving.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362
+    for part in (serve, demo, commands.classify, commands.info, commands.bench, verification.verify):
         app.command()(part)
     app.add_typer(bundle_commands.group(), name="bundle")
     return app
@@ -81,6 +85,18 @@ def serve(**options: object) -> None:
 
     Every setting is an option and an environment variable; the option wins.
     """
+    _start(options)
+
+
+def demo(**options: object) -> None:
+    """Serve a bundle in one process, and open the page on which people can attack it in a browser.
+
+    The options are those of `serve`. Where there is no browser, this says where the page is.
+    """
+    _start(options | {"workers": "1"}, show_page=True)
+
+
+def _start(options: dict[str, object], *, show_page: bool = False) -> None:
     from carso.inference.processors import usable_cpus
     from carso.inference.runtime import InstallationError, check_runtime
     from carso.settings import Settings, SettingsError
@@ -89,13 +105,17 @@ def serve(**options: object) -> None:
     worker = _worker()
     try:
         settings = Settings.read({name: value for name, value in options.items() if value is not None})
+        if show_page and not settings.page:
+            raise SettingsError(
+                f"{settings.called('page')}: false is not allowed with `carso demo`, which shows the page"
+            )
         check_runtime()
         several = settings.workers != 1 and worker is None
         count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=may_be_on_gpu(settings.device)) if several else 1
         if count > 1:
             _supervise(settings, count)
         else:
-            _serve(settings, worker)
+            _serve(settings, worker, show_page=show_page)
     except SettingsError as e:
         _exit(e, BAD_SETTING, worker)
     except InstallationError as e:
@@ -113,11 +133,11 @@ def _worker() -> Any:
     return Worker.here()
 
 
-def _serve(settings: Any, worker: Any) -> None:
+def _serve(settings: Any, worker: Any, *, show_page: bool) -> None:
     """Serve in this process, alone or as a worker. Raises SettingsError."""
     from carso.app import build
     from carso.bundle import BundleError
-    from carso.http.listening import CannotListen
+    from carso.http.listening import CannotListen, listen, urls
     from carso.http.serving import run
     from carso.inference.sessions import DeviceError
     from carso.telemetry import logs
@@ -131,7 +151,11 @@ def _serve(settings: Any, worker: Any) -> None:
     try:
         if worker is None:
             sockets = _bound(settings)
-            run(build(settings), settings, sockets)
+            service = build(settings)
+            if show_page:
+                listen(sockets, backlog=BACKLOG)  # so that a browser which is sooner waits
+                _show_page(f"{urls(sockets)[0]}{settings.root_path}/")
+            run(service, settings, sockets)
         else:
             run(build(settings, worker.whole), settings, worker.sockets, worker)
     except (BundleError, CannotListen, DeviceError) as e:
@@ -173,6 +197,15 @@ def _warn_of_unknown_variables() -> None:
 
     for name in unknown_variables():
         log.warning("%s is in the environment but is not a setting of this service", name)
+
+
+def _show_page(url: str) -> None:
+    from carso.browser import opens
+
+    url = url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:")
+    opened = opens(url)
+    sys.stdout.write(f"The page is at {url}{'' if opened else ' (there is no browser here to open it in)'}\n")
+    sys.stdout.flush()
 
 
 def _options() -> list[inspect.Parameter]:

@@ -101,6 +101,10 @@ class Settings(BaseModel):
         le=3600,
         description="Seconds that a client has to send the headers of a request, and as many again for its body.",
     )
+    page: bool = _network(
+        default=True,
+        description="Show a page at / on which people can try attacks, and see how the service fares.",
+    )
     bundle: FilePath = _inference(
         default_factory=lambda: REFERENCE_BUNDLE,
         shown="the bundle mnist-fcn that comes with the package",

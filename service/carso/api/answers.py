@@ -18,6 +18,7 @@ from carso.bundle import Bundle, Cell, InputSpec, Typical
 from carso.choices import Checked, Device, Evidence, Precision, PrecisionAsked, Untypical
 from carso.images.rendering import as_png
 from carso.inference.jobs import Ending, FirstSeen, Result, Standing, Times, VotePlan
+from carso.samples import Sample, Samples
 
 
 class _Answer(BaseModel):
@@ -261,6 +262,25 @@ class Info(_Answer):
     limits: Limits
     risk: float = Field(description="Used where a request gives none.")
     media_types: tuple[str, ...] = Field(description="Bodies that are read.")
+
+
+class SampleImages(_Answer):
+    """The answer of /samples: the first images of a split, each followed by its attacked versions."""
+
+    split: str | None = Field(description="Of the data set; null: this bundle ships no samples.")
+    risk: float | None = Field(description="Of every count below.")
+    images: tuple[Sample, ...] = Field(
+        description="`file` is below /samples. `kind` says what the attacker saw: nothing (a clean image), the "
+        "classifier alone (transfer), or all of CARSO (adaptive). `fast_label` and `robust_label` are what was "
+        "answered when it was made."
+    )
+
+    @classmethod
+    def of(cls, samples: Samples | None) -> SampleImages:
+        """Return what /samples answers."""
+        if samples is None:
+            return cls(split=None, risk=None, images=())
+        return cls(split=samples.split, risk=samples.risk, images=samples.images)
 
 
 class Health(_Answer):
