@@ -20,11 +20,12 @@ ROOMS = (
     ("telemetry",),
     ("http",),
     ("api",),
+    ("grpc",),
     ("app", "browser", "bundle_commands", "verification", "workers"),
     ("command",),
 )
 HEIGHT = {room: height for height, rooms in enumerate(ROOMS) for room in rooms}
-FLOORS = 7
+FLOORS = 8
 
 
 def modules() -> dict[str, Path]:

@@ -38,9 +38,9 @@ needs_ipv6 = pytest.mark.skipif(not has_ipv6(), reason="this machine has no IPv6
 
 
 @contextmanager
-def listening(host: str, log: Path) -> Iterator[tuple[int, list[str]]]:
+def listening(host: str, log: Path, **settings: object) -> Iterator[tuple[int, list[str]]]:
     """A ready server at `host`: its port, and the addresses that its log names."""
-    variables = environment(bundle=shared_bundle(SMALL), device="cpu", threads=1, host=host, port=0)
+    variables = environment(bundle=shared_bundle(SMALL), device="cpu", threads=1, host=host, port=0, **settings)
     with (
         log.open("wb") as stderr,
         subprocess.Popen([sys.executable, "-m", "carso.command", "serve"], env=variables, stderr=stderr) as process,

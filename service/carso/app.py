@@ -6,7 +6,7 @@ import asyncio
 import atexit
 import logging
 import os
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
@@ -29,7 +29,7 @@ from carso.board.whole import Whole
 from carso.bundle import Bundle, BundleError
 from carso.choices import CUDA, Checked, PathName
 from carso.errors import RequestError
-from carso.http.envelope import Envelope, unread
+from carso.http.envelope import Bodies, Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
 from carso.http.refusals import refuse
 from carso.http.server import Service
@@ -52,6 +52,7 @@ from carso.telemetry.workers import registries
 from carso.version import __version__
 
 if TYPE_CHECKING:
+    from carso.grpc.server import GrpcServer
     from carso.telemetry.tracing import Tracing
 
 log = logging.getLogger(__name__)
@@ -140,7 +141,15 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         title="CARSO",
         version=__version__,
         description=DESCRIPTION,
-        lifespan=_lifespan(engine, canary, lifecycle, pool, tracing, served=served if whole.workers == 1 else None),
+        lifespan=_lifespan(
+            engine,
+            canary,
+            lifecycle,
+            pool,
+            tracing,
+            served=served if whole.workers == 1 else None,
+            grpc=lambda: grpc,
+        ),
         docs_url=None,
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
@@ -201,18 +210,19 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
     app.openapi = openapi.documented(app, keys=keys is not None, but=keyless)  # type: ignore[method-assign]
     for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, refuse)
+    bodies = Bodies(settings.bodies_bytes, whole)
     app.add_middleware(
         Envelope,
         max_body_bytes=settings.max_body_bytes,
-        bodies_bytes=settings.bodies_bytes,
+        bodies=bodies,
         receive_timeout=settings.receive_timeout_s,
         keys=keys,
         keyless=keyless,
         endpoints=[path for route in app.routes if (path := getattr(route, "path", None))],
         metrics=metrics,
         lifecycle=lifecycle,
-        whole=whole,
     )
+    grpc = _grpc(settings, models, probes, keys=keys, bodies=bodies, metrics=metrics)
     if tracing:
         app.add_middleware(tracing.around)
     if settings.cors_origins:
@@ -231,6 +241,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         unread=partial(unread, metrics),
         state=lambda: probes.state,
         served=served,
+        grpc=grpc,
     )
 
 
@@ -270,6 +281,7 @@ def _lifespan(
     tracing: Tracing | None,
     *,
     served: dict[str, object] | None,
+    grpc: Callable[[], GrpcServer | None],
 ) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
     """Return what surrounds the time in which the application serves.
 
@@ -288,9 +300,10 @@ def _lifespan(
             )
         if not lifecycle.managed:
             log.warning(
-                "this server is not `carso serve`: CARSO_HOST, CARSO_PORT, CARSO_DRAIN_DELAY_S, CARSO_DRAIN_TIMEOUT_S "
-                "and CARSO_LOG_LEVEL have no effect, readiness does not fail before the port is closed, the time for a "
-                "request's headers is not limited, and the body of a request that offers an upgrade may be lost"
+                "this server is not `carso serve`: CARSO_HOST, CARSO_PORT, CARSO_GRPC_PORT, CARSO_DRAIN_DELAY_S, "
+                "CARSO_DRAIN_TIMEOUT_S and CARSO_LOG_LEVEL have no effect, readiness does not fail before the port is "
+                "closed, the time for a request's headers is not limited, and the body of a request that offers an "
+                "upgrade may be lost"
             )
         engine.start()
         watching = None if canary is None else asyncio.create_task(canary.run())
@@ -299,6 +312,8 @@ def _lifespan(
         yield
         if watching is not None:
             watching.cancel()
+        if (calls := grpc()) is not None:
+            await calls.ended()
         await engine.stop()
         pool.shutdown(wait=False, cancel_futures=True)
         if tracing:
@@ -314,6 +329,34 @@ def _keys(settings: Settings, whole: Whole) -> ApiKeys | None:
         return ApiKeys(settings.api_keys_file, whole)
     except BadKeys as e:
         raise SettingsError(f"{settings.called('api_keys_file')}: {e}") from None
+
+
+def _grpc(
+    settings: Settings,
+    models: Sequence[Model],
+    probes: Probes,
+    *,
+    keys: ApiKeys | None,
+    bodies: Bodies,
+    metrics: Metrics,
+) -> GrpcServer | None:
+    if settings.grpc_port is None:
+        return None
+    try:
+        from carso.grpc.calls import Calls
+        from carso.grpc.server import GrpcServer
+    except ImportError as e:
+        raise SettingsError(
+            f"{settings.called('grpc_port')}: {settings.grpc_port} is not allowed without its libraries ({e}): "
+            "pip install 'carso[grpc]'"
+        ) from None
+    return GrpcServer(
+        models,
+        probes,
+        Calls(keys=keys, bodies=bodies, metrics=metrics).handler,
+        max_message_bytes=settings.max_body_bytes,
+        max_calls=settings.grpc_calls,
+    )
 
 
 def _public_key(settings: Settings) -> PublicKey | None:

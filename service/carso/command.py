@@ -8,6 +8,7 @@ import inspect
 import logging
 import os
 import signal
+import socket
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -112,6 +113,11 @@ def _start(options: dict[str, object], *, show_page: bool = False) -> None:
         check_runtime()
         several = settings.workers != 1 and worker is None
         count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=may_be_on_gpu(settings.device)) if several else 1
+        if count > 1 and settings.grpc_port is not None:
+            raise SettingsError(
+                f"{settings.called('grpc_port')}: {settings.grpc_port} is not allowed with {count} workers, because "
+                f"gRPC has one process: set {settings.called('workers')} to 1, or serve gRPC by replicas"
+            )
         if count > 1:
             _supervise(settings, count)
         else:
@@ -150,12 +156,12 @@ def _serve(settings: Any, worker: Any, *, show_page: bool) -> None:
         settings = worker.settled(settings)
     try:
         if worker is None:
-            sockets = _bound(settings)
+            sockets, grpc_sockets = _bound(settings), _bound_for_grpc(settings)
             service = build(settings)
             if show_page:
                 listen(sockets, backlog=BACKLOG)  # so that a browser which is sooner waits
                 _show_page(f"{urls(sockets)[0]}{settings.root_path}/")
-            run(service, settings, sockets)
+            run(service, settings, sockets, grpc_sockets=grpc_sockets)
         else:
             run(build(settings, worker.whole), settings, worker.sockets, worker)
     except (BundleError, CannotListen, DeviceError) as e:
@@ -177,12 +183,21 @@ def _supervise(settings: Any, workers: int) -> None:
         _exit(e, e.status)
 
 
-def _bound(settings: Any) -> Any:
-    """Return the sockets of the service: opened before the bundle is loaded, so that a taken port is known at once."""
+def _bound(settings: Any) -> list[socket.socket]:
+    """Open the sockets of the service: before the bundle is loaded, so that a taken port is known at once."""
+    return _bound_at(settings, "port")
+
+
+def _bound_for_grpc(settings: Any) -> list[socket.socket]:
+    """As `_bound`, for gRPC; nothing, if it is not asked for."""
+    return [] if settings.grpc_port is None else _bound_at(settings, "grpc_port")
+
+
+def _bound_at(settings: Any, setting: str) -> list[socket.socket]:
     from carso.http.listening import CannotListen, UnknownHost, bind
 
     try:
-        return bind(settings.host, settings.port)
+        return bind(settings.host, getattr(settings, setting), setting=setting)
     except UnknownHost as e:
         _exit(
             f"{settings.called('host')}: {settings.host!r} is not an address, and no name that is known: {e}",

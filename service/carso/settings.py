@@ -89,6 +89,21 @@ class Settings(BaseModel):
     port: int = _network(
         default=8000, ge=0, le=65535, description="Port to listen on. 0 takes any free port; the log names it."
     )
+    grpc_port: int | None = _network(
+        default=None,
+        shown="none: HTTP only",
+        ge=0,
+        le=65535,
+        description="Port to listen on for gRPC, which speaks the Open Inference Protocol. 0 takes any free port; the "
+        "log names it. This needs carso[grpc].",
+    )
+    grpc_calls: int = _network(
+        default=64,
+        ge=1,
+        le=65536,
+        description="Most gRPC calls in flight. Each may hold a message of CARSO_MAX_BODY_BYTES, so the memory that "
+        "callers can take is the product of both.",
+    )
     root_path: str = _network(
         default="",
         shown="none",
@@ -304,6 +319,11 @@ class Settings(BaseModel):
         images, samples = self.called("max_images"), self.called("max_samples")
         self._at_least("queue_rows", largest, f"what {images} {self.max_images} at {samples} {self.max_samples} owe")
         self._at_least("fast_queue_rows", self.max_images, images)
+        if self.grpc_port and self.grpc_port == self.port:
+            raise SettingsError(
+                f"{self.called('grpc_port')}: {self.grpc_port} is not allowed with {self.called('port')} "
+                f"{self.port}: HTTP and gRPC need a port each"
+            )
         if self.untypical == "refuse" and self.typical == "off":
             raise SettingsError(
                 f"{self.called('untypical')}: refuse is not allowed with {self.called('typical')} off: nothing "

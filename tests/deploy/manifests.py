@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 OVERLAYS = sorted(path.name for path in (ROOT / "k8s/overlays").iterdir())
 OPTIONS = (
     ("api-keys", "bundle"),
-    ("api-keys", "bundle-volume", "bundle-signature", "tracing"),
+    ("api-keys", "bundle-volume", "bundle-signature", "grpc", "tracing"),
 )  # components that no overlay has
 
 KSERVE_FIELDS = {"minReplicas"}  # of a predictor, beside those of a pod

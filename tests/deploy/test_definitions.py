@@ -20,7 +20,7 @@ DOCKERFILE = (ROOT / "docker/Dockerfile").read_text()
 COMPOSE = ("docker-compose.yml", "compose.gpu.yml")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # The extras that a lock file holds beside the base install.
-LOCKS = {"cpu": ["cpu"], "gpu": ["gpu"], "training": ["cpu", "train"]}
+LOCKS = {"cpu": ["cpu", "grpc"], "gpu": ["gpu", "grpc"], "training": ["cpu", "train"]}
 
 
 def locked(name: str) -> dict[str, str]:

@@ -345,6 +345,16 @@ def test_a_key_for_bundles_is_read_from_a_file_of_the_config_map(tmp_path: Path)
     assert (str(file.parent), volume["configMap"]["name"]) == (mount["mountPath"], "carso-bundle-key")
 
 
+def test_grpc_is_open_at_a_port_of_its_own_from_the_service_to_the_pod(tmp_path: Path) -> None:
+    found = objects(rendered_with("cpu", ("grpc",), tmp_path / "overlay"))
+    (container,) = next(pod_specs(found))["containers"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    assert ports == {"http": 8000, "grpc": int(environment(container)["CARSO_GRPC_PORT"])}
+    assert {port["targetPort"] for port in only(found, "Service")["spec"]["ports"]} == ports.keys()
+    (rule,) = only(found, "NetworkPolicy")["spec"]["ingress"]
+    assert {port["port"] for port in rule["ports"]} == ports.keys()
+
+
 def test_a_bundle_image_fills_the_folder_that_the_service_reads(tmp_path: Path) -> None:
     (spec,) = pod_specs(objects(rendered_with("cpu", ("bundle",), tmp_path / "overlay")))
     (copier,), (container,) = spec["initContainers"], spec["containers"]

@@ -6,7 +6,7 @@ Two models: the bundle's name is the robust path, and the same with -fast the fa
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from functools import partial
 from types import UnionType
 from typing import Any, Literal, get_args, get_origin
@@ -49,6 +49,9 @@ _PREDICTIONS: dict[tuple[PathName, Evidence], type[BaseModel]] = {
     ("robust", "full"): answers.RobustPrediction,
 }
 _KNOWN = frozenset((*RobustOptions.model_fields, "timeout"))
+Asked = Callable[[], tuple[InferRequest, Sequence[Source]]]
+"""Takes a request apart: into what it asks for, and its images."""
+
 _DATATYPES: dict[type, OutputType] = {int: "INT64", float: "FP64", bool: "BOOL", str: "BYTES"}
 
 
@@ -140,9 +143,9 @@ class Model:
         }
         self._classification = classification
         self._intake = intake
-        self._provider = provider
-        self._max_images = max_images
-        self._max_values = json_values.limit(manifest.input.shape)
+        self.provider = provider
+        self.max_images = max_images
+        self.max_values = json_values.limit(manifest.input.shape)
         self._options = options
         self._types = {name: _datatype(field.annotation) for name, field in fields.items()}
         self._statistics = Statistics(whole.cell(f"statistics/{path}"))
@@ -176,28 +179,57 @@ class Model:
         return self._statistics.of(self.name, self.version, with_timings=self._tells_timings)
 
     async def infer(self, request: Request) -> Response:
-        """Classify. Raises UnknownOutput and the errors of tensors.parse, Intake and Classification."""
+        """Classify what came over HTTP. Raises UnknownOutput, and the errors of tensors.parse, Intake and
+        Classification.
+        """
+
+        async def body() -> tuple[Asked, int]:
+            data = await request.body()
+            return partial(
+                tensors.parse,
+                data,
+                request.headers.get(JSON_SIZE),
+                max_images=self.max_images,
+                max_values=self.max_values,
+            ), len(data)
+
+        asked, classified = await self.answer(request, body)
+        return self._respond(request, asked, classified)
+
+    async def answer(
+        self, request: Request, body: Callable[[], Awaitable[tuple[Asked, int]]], *, deadline_ms: int | None = None
+    ) -> tuple[InferRequest, Classified]:
+        """Classify. Returns the request as it was understood, and what its caller is told.
+
+        `body` waits for what was sent, and returns what takes it apart, and its size in bytes. `deadline_ms`: after the
+        request's arrival, beside what its options say; None: none. Raises UnknownOutput, the errors of `body`, and
+        those of Intake and Classification.
+        """
         exchange = Exchange.of(request.scope)
         try:
-            response = await self._infer(request)
+            asked, classified = await self._answer(request, body, deadline_ms)
         except Exception:
             self._statistics.failed(seconds=time.monotonic() - exchange.arrived)
             raise
         self._statistics.succeeded(images=exchange.images or 0, timings=exchange.timings or {})
-        return response
+        return asked, classified
 
-    async def _infer(self, request: Request) -> Response:
+    async def _answer(
+        self, request: Request, body: Callable[[], Awaitable[tuple[Asked, int]]], deadline_ms: int | None
+    ) -> tuple[InferRequest, Classified]:
         self._classification.check(self.path)
-        data = await request.body()
+        ask, size = await body()
         began = time.monotonic()
-        take_apart = partial(self._take_apart, data, request.headers.get(JSON_SIZE))
-        asked, sources, options = await self._intake.parse(take_apart, size=len(data), receive=request.receive)
-        images = await self._intake.read(sources, options, size=len(data), receive=request.receive)
-        classified = await self._classify(request, images, options, decode=time.monotonic() - began)
-        return self._respond(request, asked, classified)
+        take_apart = partial(self._take_apart, ask)
+        asked, sources, options = await self._intake.parse(take_apart, size=size, receive=request.receive)
+        if deadline_ms is not None and isinstance(options, RobustOptions):
+            sooner = min(deadline_ms, options.deadline_ms or deadline_ms)
+            options = options.model_copy(update={"deadline_ms": sooner})
+        images = await self._intake.read(sources, options, size=size, receive=request.receive)
+        return asked, await self._classify(request, images, options, decode=time.monotonic() - began)
 
-    def _take_apart(self, data: bytes, json_size: str | None) -> tuple[InferRequest, Sequence[Source], FastOptions]:
-        asked, sources = tensors.parse(data, json_size, max_images=self._max_images, max_values=self._max_values)
+    def _take_apart(self, ask: Asked) -> tuple[InferRequest, Sequence[Source], FastOptions]:
+        asked, sources = ask()
         self._check_outputs(asked)
         return asked, sources, parse(self._options, b"", _options(asked, self.path))
 
@@ -217,25 +249,28 @@ class Model:
 
     def _respond(self, request: Request, asked: InferRequest, classified: Classified) -> Response:
         everything = bool((asked.parameters or {}).get("binary_data_output", False))
-        if asked.outputs:
-            wanted = {output.name: output.binary for output in asked.outputs}
-        else:
-            wanted = dict.fromkeys(self._types)
         response: dict[str, Any] = {"model_name": self.name, "model_version": self.version}
         if asked.id is not None:
             response["id"] = asked.id
-        response["parameters"] = {"provider": self._provider, "request_id": Exchange.of(request.scope).request_id}
-        body, json_size = tensors.respond(response, self._tensors(classified, wanted, everything=everything))
+        response["parameters"] = {"provider": self.provider, "request_id": Exchange.of(request.scope).request_id}
+        body, json_size = tensors.respond(
+            response,
+            (
+                (name, datatype, values, everything if binary is None else binary)
+                for name, datatype, values, binary in self.outputs(asked, classified)
+            ),
+        )
         if json_size is None:
             return Response(body, media_type="application/json")
         return Response(body, headers={JSON_SIZE: str(json_size)}, media_type="application/octet-stream")
 
-    def _tensors(
-        self, classified: Classified, wanted: dict[str, bool | None], *, everything: bool
-    ) -> Iterable[tuple[str, OutputType, list[Any], bool]]:
+    def outputs(
+        self, asked: InferRequest, classified: Classified
+    ) -> Iterable[tuple[str, OutputType, list[Any], bool | None]]:
+        """Yield each output that the request wants: name, datatype, values, and whether it asks for binary form."""
+        wanted = {output.name: output.binary for output in asked.outputs or ()} or dict.fromkeys(self._types)
         for name, binary in wanted.items():
-            values = [prediction[name] for prediction in classified.predictions]
-            yield name, self._types[name], values, everything if binary is None else binary
+            yield name, self._types[name], [prediction[name] for prediction in classified.predictions], binary
 
 
 def _options(asked: InferRequest, path: PathName) -> dict[str, Any]:

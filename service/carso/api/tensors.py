@@ -152,7 +152,14 @@ def parse(data: bytes, json_size: str | None, *, max_images: int, max_values: in
             f"Inference-Header-Content-Length {shown(json_size)} is not a number from 0 to {len(data)}, the body's size"
         )
     size = len(data) if json_size is None else int(json_size)
-    content = json_values.parse(data[:size], max_values=max_values)
+    return understood(json_values.parse(data[:size], max_values=max_values), data[size:], max_images=max_images)
+
+
+def understood(content: Any, packed: bytes, *, max_images: int) -> tuple[InferRequest, list[Source]]:
+    """The content of a request, as its JSON has it, and the tensor in binary form -> the request, and its images.
+
+    `packed` is empty if the values are in `content`. Raises InvalidTensor, and the errors of values.
+    """
     try:
         request = InferRequest.model_validate(content)
     except ValidationError as e:
@@ -161,7 +168,7 @@ def parse(data: bytes, json_size: str | None, *, max_images: int, max_values: in
         message = first["msg"].removeprefix("Value error, ")
         raise InvalidTensor(f"{where}: {message} (found {shown(first['input'])})") from None
     tensor = request.inputs[0]
-    return request, _images(tensor, data[size:], max_images=max_images)
+    return request, _images(tensor, packed, max_images=max_images)
 
 
 def _images(tensor: Input, packed: bytes, *, max_images: int) -> list[Source]:
@@ -252,7 +259,7 @@ def respond(response: dict[str, Any], tensors: Iterable[tuple[str, OutputType, A
     outputs: list[dict[str, Any]] = []
     behind: list[bytes] = []
     for name, datatype, values, binary in tensors:
-        array: np.ndarray = np.array(values, _PACKED.get(datatype, np.object_))
+        array = _as_array(datatype, values)
         output: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
             behind.append(_pack(datatype, array))
@@ -264,8 +271,29 @@ def respond(response: dict[str, Any], tensors: Iterable[tuple[str, OutputType, A
     return b"".join((content, *behind)), len(content) if behind else None
 
 
+def pack(datatype: OutputType, values: list[Any]) -> tuple[list[int], bytes]:
+    """Values (nested lists, the first dimension the batch) -> the shape of their tensor, and its binary form."""
+    array = _as_array(datatype, values)
+    return list(array.shape), _pack(datatype, array)
+
+
+def flat(datatype: OutputType, values: list[Any]) -> tuple[list[int], list[Any]]:
+    """Values (nested lists, the first dimension the batch) -> the shape of their tensor, and its elements in order."""
+    array = _as_array(datatype, values)
+    elements: list[Any] = array.ravel().tolist()
+    return list(array.shape), elements
+
+
+def _as_array(datatype: OutputType, values: list[Any]) -> np.ndarray:
+    return np.array(values, _PACKED.get(datatype, np.object_))
+
+
+def packed_elements(elements: Iterable[bytes]) -> bytes:
+    """The binary form of a BYTES tensor: the size of each element in four bytes, little-endian, then the element."""
+    return b"".join(struct.pack("<I", len(element)) + element for element in elements)
+
+
 def _pack(datatype: OutputType, array: np.ndarray) -> bytes:
     if datatype != "BYTES":
         return array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
-    texts = [text.encode() for text in array.ravel()]
-    return b"".join(struct.pack("<I", len(text)) + text for text in texts)
+    return packed_elements(text.encode() for text in array.ravel())

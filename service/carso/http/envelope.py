@@ -44,6 +44,37 @@ _HEADERS = (
 _NO_CONTENT = (b"content-security-policy", b"default-src 'none'; frame-ancestors 'none'")
 
 
+class Bodies:
+    """The bytes that the bodies of all requests in flight have together, of every way in."""
+
+    def __init__(self, limit: int, whole: Whole) -> None:
+        """`limit`: of the `whole` service, in bytes."""
+        self._limit = limit
+        self._whole = whole
+        self._held = whole.part("bodies")
+
+    def hold(self, exchange: Exchange, size: int) -> None:
+        """Count the body of a request as having `size` bytes from now on. Raises Overloaded."""
+        more = size - exchange.body_bytes
+        if size <= SMALL_BODY or more <= 0:
+            return
+        with self._whole.exclusive():
+            held = int(sum(self._held.each()))
+            if held + more > self._limit:
+                raise Overloaded(
+                    f"the bodies of other requests hold {held - exchange.body_bytes} bytes, this one has {size}, "
+                    f"and at most {self._limit} are held together: send it again in 1 s, to another replica, or "
+                    f"in several of at most {SMALL_BODY} bytes"
+                )
+            self._held.mine += more
+        exchange.body_bytes = size
+
+    def release(self, exchange: Exchange) -> None:
+        """Count the body of a request no longer."""
+        self._held.mine -= exchange.body_bytes
+        exchange.body_bytes = 0
+
+
 class Envelope:
     """ASGI middleware. The application below turns its errors into answers by `refusals.refuse`."""
 
@@ -52,24 +83,20 @@ class Envelope:
         app: ASGIApp,
         *,
         max_body_bytes: int,
-        bodies_bytes: int,
+        bodies: Bodies,
         receive_timeout: float,
         keys: ApiKeys | None,
         keyless: Collection[str],
         endpoints: Iterable[str],
         metrics: Metrics,
         lifecycle: Lifecycle,
-        whole: Whole,
     ) -> None:
-        """`bodies_bytes` bounds the bodies of all requests that the `whole` has in flight; `receive_timeout` is in
-        seconds, for one body. The paths in `keyless` need no key. Metrics name the paths in `endpoints` and count all
-        others as one, or callers could invent labels.
+        """`receive_timeout` is in seconds, for one body. The paths in `keyless` need no key. Metrics name the paths in
+        `endpoints` and count all others as one, or callers could invent labels.
         """
         self._app = app
         self._max_body_bytes = max_body_bytes
-        self._bodies_bytes = bodies_bytes
-        self._whole = whole
-        self._held = whole.part("bodies")
+        self._bodies = bodies
         self._receive_timeout = receive_timeout
         self._keys = keys
         self._keyless = keyless
@@ -82,9 +109,7 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
-        exchange = Exchange(request_id=_request_id(headers.get(b"x-request-id", b"")))
-        if trace := TRACEPARENT.fullmatch(headers.get(b"traceparent", b"")):
-            exchange.trace_id = trace[1].decode()
+        exchange = begin(headers.get(b"x-request-id", b""), headers.get(b"traceparent", b""))
         method: str = scope["method"]
         if method == "HEAD":  # wherever there is GET; the server leaves out the body
             scope = {**scope, "method": "GET"}
@@ -113,10 +138,10 @@ class Envelope:
             exchange.error = as_request_error(stopping).name
             await answer(stopping, exchange.request_id, path=path)(scope, receive, send)
         finally:
-            self._held.mine -= exchange.body_bytes
+            self._bodies.release(exchange)
             endpoint = path if path in self._endpoints else "other"
             level = logging.DEBUG if path in PROBES else logging.INFO
-            _account(self._metrics, exchange, endpoint=endpoint, method=method, level=level)
+            account(self._metrics, exchange, endpoint=endpoint, method=method, level=level)
 
     def _limited(self, receive: Receive, headers: dict[bytes, bytes], exchange: Exchange) -> Receive:
         """Return a `receive` that takes no more of a body than is allowed, and waits no longer for it than is allowed.
@@ -142,7 +167,7 @@ class Envelope:
                 raise UnsupportedMediaType(
                     f"Content-Encoding {shown(coding.decode('latin-1'))} is not supported: send the body uncompressed"
                 )
-            self._hold(exchange, stated)
+            self._bodies.hold(exchange, stated)
             try:
                 async with asyncio.timeout_at(expires):
                     message = await receive()
@@ -155,26 +180,10 @@ class Envelope:
             taken += len(message.get("body", b""))
             if taken > limit:
                 raise BodyTooLarge(f"the body has more than the {limit} bytes that are allowed: send several requests")
-            self._hold(exchange, taken)
+            self._bodies.hold(exchange, taken)
             return message
 
         return limited
-
-    def _hold(self, exchange: Exchange, size: int) -> None:
-        """Count the body of a request as having `size` bytes from now on. Raises Overloaded."""
-        more = size - exchange.body_bytes
-        if size <= SMALL_BODY or more <= 0:
-            return
-        with self._whole.exclusive():
-            held = int(sum(self._held.each()))
-            if held + more > self._bodies_bytes:
-                raise Overloaded(
-                    f"the bodies of other requests hold {held - exchange.body_bytes} bytes, this one has {size}, "
-                    f"and at most {self._bodies_bytes} are held together: send it again in 1 s, to another replica, or "
-                    f"in several of at most {SMALL_BODY} bytes"
-                )
-            self._held.mine += more
-        exchange.body_bytes = size
 
 
 def unread(metrics: Metrics, error: RequestError) -> bytes:
@@ -182,13 +191,22 @@ def unread(metrics: Metrics, error: RequestError) -> bytes:
     exchange = Exchange(request_id=_request_id(b""), status=STATUS[type(error)], error=error.name)
     response = answer(error, exchange.request_id)
     headers = (*response.raw_headers, *_HEADERS, _NO_CONTENT, (b"x-request-id", exchange.request_id.encode()))
-    _account(metrics, exchange, endpoint="other", method="", level=logging.INFO)
+    account(metrics, exchange, endpoint="other", method="", level=logging.INFO)
     status_line = f"HTTP/1.1 {exchange.status} {HTTPStatus(exchange.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
     return status_line + lines + b"\r\n" + bytes(response.body)
 
 
-def _account(metrics: Metrics, exchange: Exchange, *, endpoint: str, method: str, level: int) -> None:
+def begin(request_id: bytes, traceparent: bytes) -> Exchange:
+    """Return the exchange of a request that arrives now, with the id and the trace that its client gave, if any."""
+    exchange = Exchange(request_id=_request_id(request_id))
+    if trace := TRACEPARENT.fullmatch(traceparent):
+        exchange.trace_id = trace[1].decode()
+    return exchange
+
+
+def account(metrics: Metrics, exchange: Exchange, *, endpoint: str, method: str, level: int) -> None:
+    """Count an answer, and write its line in the log."""
     seconds = time.monotonic() - exchange.arrived
     metrics.request(endpoint=endpoint, status=exchange.status, seconds=seconds)
     if exchange.caller is not None:

@@ -7,12 +7,14 @@ import socket
 import sys
 from collections.abc import Sequence
 
+from carso.settings import option, variable
+
 EVERYWHERE = "::"  # every address of both families
 _NO_FAMILY = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)  # this system has no address of that kind
 _REASONS = {
-    errno.EADDRINUSE: "another process listens there: stop it, or choose another port (CARSO_PORT or --port)",
+    errno.EADDRINUSE: "another process listens there: stop it, or choose another port ({setting})",
     errno.EADDRNOTAVAIL: "this machine does not have that address (CARSO_HOST or --host)",
-    errno.EACCES: "this user may not open that port: choose one from 1024 (CARSO_PORT or --port)",
+    errno.EACCES: "this user may not open that port: choose one from 1024 ({setting})",
 }
 
 
@@ -24,11 +26,12 @@ class CannotListen(Exception):  # noqa: N818
     """The system does not let the service listen at an address. The message names the address and the reason."""
 
 
-def bind(host: str, port: int) -> list[socket.socket]:
+def bind(host: str, port: int, *, setting: str = "port") -> list[socket.socket]:
     """Bind sockets to every address of `host` at `port`, without listening yet. Port 0 is any port that is free.
 
     `::` stands for every address of both families, or of the one that this system has. A name may have several
-    addresses, of which those that this system does not have are left out. Raises UnknownHost and CannotListen.
+    addresses, of which those that this system does not have are left out. `setting`: where the port comes from. Raises
+    UnknownHost and CannotListen.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -46,11 +49,11 @@ def bind(host: str, port: int) -> list[socket.socket]:
         else:
             port = sockets[0].getsockname()[1]  # the same one for all
     if failure and host == EVERYWHERE and failure.errno in _NO_FAMILY:
-        return bind("0.0.0.0", port)  # noqa: S104  which is what was asked for
+        return bind("0.0.0.0", port, setting=setting)  # noqa: S104  which is what was asked for
     if failure and (not sockets or failure.errno not in _NO_FAMILY):
         for each in sockets:
             each.close()
-        raise CannotListen(_why(host, port, failure))
+        raise CannotListen(why(host, port, failure, setting=setting))
     return sockets
 
 
@@ -61,12 +64,25 @@ def listen(sockets: Sequence[socket.socket], *, backlog: int) -> None:
             each.listen(backlog)
         except OSError as e:  # another process bound it at the same time, and was sooner
             host, port = each.getsockname()[:2]
-            raise CannotListen(_why(host, port, e)) from None
+            raise CannotListen(why(host, port, e)) from None
 
 
 def urls(sockets: Sequence[socket.socket]) -> list[str]:
     """Return where a client of this machine finds each socket: http://[::]:8000."""
-    return [_url(*each.getsockname()[:2]) for each in sockets]
+    return [f"http://{address}" for address in addresses(sockets)]
+
+
+def addresses(sockets: Sequence[socket.socket]) -> list[str]:
+    """Return where each socket is bound: [::]:8001."""
+    return [_address(*each.getsockname()[:2]) for each in sockets]
+
+
+def why(host: str, port: int, error: OSError, *, setting: str = "port") -> str:
+    """Say why the service cannot listen at an address. `setting`: where the port comes from."""
+    reason = _REASONS.get(error.errno or 0, error.strerror or str(error)).format(
+        setting=f"{variable(setting)} or {option(setting)}"
+    )
+    return f"cannot listen at {_address(host, port)}: {reason}"
 
 
 def _bound(address: str, port: int) -> socket.socket:
@@ -85,10 +101,5 @@ def _bound(address: str, port: int) -> socket.socket:
     return opened
 
 
-def _url(host: str, port: int) -> str:
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-
-
-def _why(host: str, port: int, error: OSError) -> str:
-    reason = _REASONS.get(error.errno or 0, error.strerror)
-    return f"cannot listen at {_url(host, port).removeprefix('http://')}: {reason}"
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"

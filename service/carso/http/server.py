@@ -14,7 +14,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Protocol
@@ -31,6 +31,19 @@ log = logging.getLogger(__name__)
 TOLD_EVERY = 10.0  # seconds between two lines of the log about the same shortage
 
 
+class Grpc(Protocol):
+    """A server of gRPC in the same event loop: ``carso.grpc.server.GrpcServer``."""
+
+    def open(self, sockets: Sequence[socket.socket]) -> None:
+        """Take the ports of these bound sockets. Raises CannotListen."""
+
+    async def start(self) -> None:
+        """Take calls."""
+
+    async def stop(self, grace: float) -> None:
+        """Refuse new calls at once, and end those in flight after `grace` seconds."""
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """An application, and what the server around it has to know of it."""
@@ -42,6 +55,7 @@ class Service:
     unread: Callable[[RequestError], bytes]  # makes the whole answer to a request that the HTTP parser refuses
     state: Callable[[], State]  # tells whether the engine is well
     served: dict[str, object]  # what the log and a supervisor are told of it
+    grpc: Grpc | None  # None: this service speaks HTTP only
 
 
 class Post(Protocol):
@@ -72,8 +86,11 @@ class Server(uvicorn.Server):
         delay: float,
         timeout: float,
         post: Post | None = None,
+        grpc_sockets: Sequence[socket.socket] = (),
     ) -> None:
-        """`delay` and `timeout` in seconds. `post`: None where this process is alone."""
+        """`delay` and `timeout` in seconds. `post`: None where this process is alone. `grpc_sockets`: bound
+        ones, for gRPC.
+        """
         super().__init__(config)
         service.lifecycle.managed = True
         config.timeout_graceful_shutdown = math.ceil(timeout) + 1  # for bodies that never end; all else has ended
@@ -84,10 +101,16 @@ class Server(uvicorn.Server):
         self._timeout = timeout
         self._closing_at = math.inf  # on the clock of time.monotonic
         self._told_at = -math.inf
+        self._grpc = service.grpc
+        self._grpc_sockets = grpc_sockets
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Start the application, and take connections."""
+        """Start the application, and take connections. Raises CannotListen."""
+        if self._grpc is not None:
+            self._grpc.open(self._grpc_sockets)
         await super().startup(sockets)
+        if self._grpc is not None:
+            await self._grpc.start()
         if sys.platform != "win32":
             asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, self._service.reload)
         if self._post is not None:
@@ -132,5 +155,6 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, wait for requests in flight, and end those that take too long."""
         timer = asyncio.get_running_loop().call_later(self._timeout, self._service.abandon)
-        await super().shutdown(sockets)
+        ending = [] if self._grpc is None else [self._grpc.stop(self._timeout + 1)]  # all that can has ended by then
+        await asyncio.gather(super().shutdown(sockets), *ending)
         timer.cancel()

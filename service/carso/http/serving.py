@@ -7,11 +7,12 @@ import gc
 import logging
 import socket
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 
 import uvicorn
 
-from carso.http.listening import listen, urls
+from carso.http.listening import addresses, listen, urls
 from carso.http.parser import bounded
 from carso.http.server import Post, Server, Service
 from carso.settings import Settings
@@ -26,10 +27,17 @@ _M_MMAP_THRESHOLD = -3  # malloc.h
 KEEP_ALIVE = 75
 
 
-def run(service: Service, settings: Settings, sockets: list[socket.socket], post: Post | None = None) -> None:
+def run(
+    service: Service,
+    settings: Settings,
+    sockets: list[socket.socket],
+    post: Post | None = None,
+    grpc_sockets: Sequence[socket.socket] = (),
+) -> None:
     """Serve at these bound sockets until SIGTERM or SIGINT, and drain. Raises CannotListen.
 
     `post`: whoever a worker reports to, and who logs what concerns all workers; None where this process is alone.
+    `grpc_sockets`: bound ones, for gRPC.
     """
     _settle()
     config = uvicorn.Config(
@@ -45,8 +53,16 @@ def run(service: Service, settings: Settings, sockets: list[socket.socket], post
     )
     listen(sockets, backlog=config.backlog)  # before the log says "ready"
     if post is None:
-        log.info("listening", extra={"fields": {"addresses": urls(sockets)}})
-    server = Server(config, service, delay=settings.drain_delay_s, timeout=settings.drain_timeout_s, post=post)
+        fields = {"addresses": urls(sockets)} | ({"grpc": addresses(grpc_sockets)} if grpc_sockets else {})
+        log.info("listening", extra={"fields": fields})
+    server = Server(
+        config,
+        service,
+        delay=settings.drain_delay_s,
+        timeout=settings.drain_timeout_s,
+        post=post,
+        grpc_sockets=grpc_sockets,
+    )
     server.run(sockets)  # raises the signal that ended it once more; by then all is done
 
 

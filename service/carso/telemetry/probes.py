@@ -61,6 +61,15 @@ class Probes:
         return State.DRAINING if self._lifecycle.draining else State.READY
 
     @property
+    def is_live(self) -> bool:
+        """Whether `live` raises nothing."""
+        try:
+            self.live()
+        except NotReady:
+            return False
+        return True
+
+    @property
     def is_ready(self) -> bool:
         """Whether `ready` raises nothing."""
         try:
