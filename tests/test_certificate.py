@@ -12,7 +12,8 @@ import pytest
 import torch
 from carso.bundle import BOUNDS, Bundle
 from carso.choices import CPU, CUDA
-from carso.inference.certificate import BISECTIONS, STEPS, Certify, certificates, rounded_up, unproven
+from carso.inference.certificate import BISECTIONS, STEPS, certificates, rounded_up, unproven
+from carso.inference.jobs import Certify
 from carso.inference.sessions import DeviceError, Sessions
 from carso_training.attacks.linf import climb
 from carso_training.export import weights

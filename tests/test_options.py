@@ -25,10 +25,12 @@ given_options = st.fixed_dictionaries(
         "fit": st.sampled_from(["pad", "stretch"]),
         "invert": st.booleans(),
         "background": st.sampled_from(["black", "white", "00ff80", "FFFFFF"]),
+        "certify": st.sampled_from(["off", "report", "decide", "max"]),
+        "certify_eps": st.floats(1e-6, 1),
     },
 )
 DEFAULTS = {"samples": 1500, "seed": None, "risk": 1e-3, "deadline_ms": None}
-DEFAULTS |= {"resize": False, "fit": "pad", "invert": False, "background": None}
+DEFAULTS |= {"resize": False, "fit": "pad", "invert": False, "background": None, "certify": "off", "certify_eps": 0.3}
 
 
 def query(options: dict[str, object]) -> bytes:
@@ -51,6 +53,10 @@ def test_an_option_given_in_both_places_may_not_differ(options):
                 other = 1e-4
             case "fit":
                 other = "pad" if value == "stretch" else "stretch"
+            case "certify":
+                other = "max" if value == "off" else "off"
+            case "certify_eps":
+                other = value / 2 + 1e-6
             case "background":
                 other = "123456"
             case _:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from carso.api import docs, open_inference, openapi, operations, page
-from carso.api.answers import DeviceInfo, Info, Limits, bundle_info, bundle_name
+from carso.api.answers import CERTIFICATE, DeviceInfo, Info, Limits, bundle_info, bundle_name
 from carso.api.classification import Classification
 from carso.api.intake import Intake
 from carso.api.native import Native
@@ -42,7 +42,7 @@ from carso.inference.pipeline import Pipeline
 from carso.inference.processors import give_way
 from carso.inference.runtime import check_runtime
 from carso.inference.sessions import Sessions
-from carso.options import ExplainedOptions, FastOptions, RobustOptions, robust_options
+from carso.options import ExplainedOptions, RobustOptions, fast_options, robust_options
 from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
 from carso.signing import PublicKey, UnusableKey
@@ -108,6 +108,10 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             f"{settings.called('workers')}: {settings.workers} is not allowed on a GPU, which one process owns. Set it "
             "to 1 and run a replica for each GPU, or set CARSO_DEVICE=cpu"
         )
+    if settings.certify != "off" and sessions.unproven is not None:
+        raise SettingsError(
+            f"{settings.called('certify')}: {settings.certify} is not allowed here; it must be off: {sessions.unproven}"
+        )
     metrics = Metrics(
         bundle,
         device=settings.device,
@@ -156,9 +160,11 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         redirect_slashes=False,  # a redirect would repeat the Host that the client sent, and forget https
         root_path=settings.root_path,
     )
-    limits = {"samples": manifest.samples, "max_samples": settings.max_samples}
-    options = robust_options(RobustOptions, **limits, risk=settings.risk)
-    explained_options = robust_options(ExplainedOptions, **limits, risk=settings.risk)
+    defaults: dict[str, Any] = {"certify": settings.certify, "certify_eps": settings.certify_eps}
+    of_robust = defaults | {"samples": manifest.samples, "max_samples": settings.max_samples, "risk": settings.risk}
+    options = robust_options(RobustOptions, **of_robust)
+    explained_options = robust_options(ExplainedOptions, **of_robust)
+    of_fast = fast_options(**defaults)
     reader = Reader(manifest.input, max_images=settings.max_images, max_pixels=settings.max_pixels)
     _, height, width = manifest.input.shape
     intake = Intake(reader.read, pool, pixels=height * width)
@@ -171,12 +177,14 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         evidence=settings.evidence,
         bounds=manifest.typical,
         untypical=settings.untypical,
+        unproven=sessions.unproven,
     )
     native = Native(
         classification,
         intake,
         bundle,
         explained_options,
+        of_fast,
         provider=provider,
         precision=precision.precision,
         max_images=settings.max_images,
@@ -190,11 +198,12 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             classification,
             intake,
             manifest,
-            options if path == "robust" else FastOptions,
+            options if path == "robust" else of_fast,
             provider=provider,
             max_images=settings.max_images,
             evidence=settings.evidence,
             tells_typical=manifest.typical is not None and path in CHECKED[settings.typical],
+            proves=sessions.unproven is None,
             whole=whole,
         )
         for path in get_args(PathName)
@@ -405,5 +414,6 @@ def _info(settings: Settings, bundle: Bundle, sessions: Sessions, key: PublicKey
         ),
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         risk=settings.risk,
+        certificate=CERTIFICATE if sessions.unproven is None else f"None can be given: {sessions.unproven}",
         media_types=MEDIA_TYPES,
     )

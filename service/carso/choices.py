@@ -18,7 +18,12 @@ Fit = Literal["pad", "stretch"]  # how an image of other proportions is made to 
 # What an answer says of a proof (docs/certificate.md). report: what is proven at an eps. decide: the same, and a proven
 # label needs no vote. max: the largest eps that is proven
 Certifying = Literal["off", "report", "decide", "max"]
-CertifyMode = Literal["report", "decide", "max"]
+CertifyMode = Literal["report", "decide", "max"]  # what Certifying is when it is not off
+DecidedBy = Literal["certificate", "vote"]
+DEFAULT_EPS = 0.3  # of a proof: that of MNIST's tables. In units of the input's values
+LEAST_EPS = 1e-6  # below it, next to nothing is left of a box in float32
+BISECTIONS = 7  # of `max`, each a pass
+MOST_CERTIFY_ROWS = 2 * BISECTIONS  # rows of work of an image's proof: a pass costs about two first passes
 
 # ONNX Runtime's execution providers
 CUDA = "CUDAExecutionProvider"

@@ -134,6 +134,10 @@ class UntypicalImage(RequestError):
     """An image that is not like those that the bundle knows, where the operator refuses such images."""
 
 
+class CannotCertify(RequestError):
+    """A proof is asked for, and this bundle has no bounds, or is served where nothing is proven."""
+
+
 class TransparentImage(RequestError):
     """An image with pixels that let a background show through."""
 

@@ -10,7 +10,7 @@ from urllib.parse import parse_qsl
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, WithJsonSchema, create_model
 
-from carso.choices import MAX_SEED, Fit, Risk
+from carso.choices import DEFAULT_EPS, LEAST_EPS, MAX_SEED, Certifying, Fit, Risk
 from carso.complaints import complaint, shown
 from carso.errors import ConflictingParameters, InvalidParameter, UnknownParameter
 
@@ -54,7 +54,18 @@ class ImageOptions(BaseModel):
 
 
 class FastOptions(ImageOptions):
-    """The options of /classify/fast."""
+    """The options of /classify/fast. `fast_options` puts in the defaults of one service."""
+
+    certify: Certifying = Field(
+        default="off",
+        description="What to prove: that every image which differs from this one by at most an eps in every value gets "
+        "the same label from the first pass. It does not prove that the label is right, and says nothing of the vote, "
+        "of other changes or of a larger eps. report: at `certify_eps`. max: at the largest eps that is found. decide: "
+        "as report, and on /classify a proven label is the answer, without a vote.",
+    )
+    certify_eps: float = Field(
+        default=DEFAULT_EPS, ge=LEAST_EPS, le=1, description="The eps of `certify`, in units of the values of images."
+    )
 
 
 class RobustOptions(FastOptions):
@@ -100,15 +111,37 @@ class ExplainedOptions(RobustOptions):
 Robust = TypeVar("Robust", bound=RobustOptions)
 
 
-def robust_options(base: type[Robust], *, samples: int, max_samples: int, risk: float) -> type[Robust]:
-    """Return the options `base` with the bundle's `samples`, and the operator's `max_samples` and `risk`."""
+def fast_options(*, certify: Certifying, certify_eps: float) -> type[FastOptions]:
+    """Return FastOptions with the operator's defaults."""
+    return create_model("FastOptions", __base__=FastOptions, **_certified(certify, certify_eps))
+
+
+def robust_options(
+    base: type[Robust],
+    *,
+    samples: int,
+    max_samples: int,
+    risk: float,
+    certify: Certifying = "off",
+    certify_eps: float = DEFAULT_EPS,
+) -> type[Robust]:
+    """Return the options `base` with the bundle's `samples`, and the operator's limit and defaults."""
     fields = RobustOptions.model_fields
     return create_model(
         "RobustOptions",
         __base__=base,
         samples=(int, Field(default=samples, ge=1, le=max_samples, description=fields["samples"].description)),
         risk=(Risk, Field(default=risk, description=fields["risk"].description)),
+        **_certified(certify, certify_eps),
     )
+
+
+def _certified(certify: Certifying, eps: float) -> dict[str, Any]:
+    fields = FastOptions.model_fields
+    return {
+        "certify": (Certifying, Field(default=certify, description=fields["certify"].description)),
+        "certify_eps": (float, Field(default=eps, ge=LEAST_EPS, le=1, description=fields["certify_eps"].description)),
+    }
 
 
 def parse(model: type[Options], query: bytes, body: dict[str, Any]) -> Options:

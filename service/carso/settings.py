@@ -24,7 +24,20 @@ from pydantic import (
     model_validator,
 )
 
-from carso.choices import Checked, Device, Evidence, PrecisionAsked, Risk, Untypical, Workers, price_of
+from carso.choices import (
+    DEFAULT_EPS,
+    LEAST_EPS,
+    MOST_CERTIFY_ROWS,
+    Certifying,
+    Checked,
+    Device,
+    Evidence,
+    PrecisionAsked,
+    Risk,
+    Untypical,
+    Workers,
+    price_of,
+)
 from carso.complaints import allowed, complaint
 
 PREFIX = "CARSO_"
@@ -165,6 +178,16 @@ class Settings(BaseModel):
         description="Default chance, per image, that early stopping elects another class than the full count would. "
         "0 counts until the outcome is certain. This is about the count, not about adversarial robustness.",
     )
+    certify: Certifying = _inference(
+        default="off",
+        description="Default of what to prove of a label: that every image within an eps gets the same one from the "
+        "first pass (docs/certificate.md). report states it at CARSO_CERTIFY_EPS. max states the largest eps that is "
+        "found. decide answers /classify with a proven label, without a vote. This needs a bundle with bounds, and the "
+        "CPU.",
+    )
+    certify_eps: float = _inference(
+        default=DEFAULT_EPS, ge=LEAST_EPS, le=1, description="Default eps of a proof, in units of the values of images."
+    )
     max_samples: int = _limit(
         default=10_000, ge=1, le=100_000, description="Most votes that a caller may ask for, per image."
     )
@@ -206,8 +229,8 @@ class Settings(BaseModel):
         default=2**14,
         ge=1,
         le=2**40,
-        description="Most images that the fast path may owe. The service answers more with 429. At least "
-        "CARSO_MAX_IMAGES.",
+        description="Most rows of work that the fast path may owe. An image owes one, 3 with a proof, and 15 where "
+        "the largest eps is asked for. The service answers more with 429. At least 15 for each of CARSO_MAX_IMAGES.",
     )
     drain_delay_s: float = _stop(
         default=0,
@@ -318,7 +341,8 @@ class Settings(BaseModel):
         largest = self.max_images * price_of(self.max_samples)
         images, samples = self.called("max_images"), self.called("max_samples")
         self._at_least("queue_rows", largest, f"what {images} {self.max_images} at {samples} {self.max_samples} owe")
-        self._at_least("fast_queue_rows", self.max_images, images)
+        proofs = self.max_images * (1 + MOST_CERTIFY_ROWS)
+        self._at_least("fast_queue_rows", proofs, f"what {images} {self.max_images} owe with a proof each")
         if self.grpc_port and self.grpc_port == self.port:
             raise SettingsError(
                 f"{self.called('grpc_port')}: {self.grpc_port} is not allowed with {self.called('port')} "

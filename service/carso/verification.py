@@ -18,9 +18,11 @@ if TYPE_CHECKING:
     from carso.bundle import Bundle
     from carso.client.images import Body
     from carso.client.results import RobustPrediction, RobustResult
+    from carso.inference.jobs import Certificate, Certify
 
 DIFFERENT = 1
 COMPARED = ("label", "class_name", "tally", "votes", "samples", "rule", "risk", "fast_label", "agree")
+PROOF = "certified"  # compared where there is one: that eps is proven again, whatever the margin's last digits
 ROUND_ROWS = 128  # as the service's default; the outcome does not depend on it
 MAX_IMAGES, MAX_PIXELS = 4096, 2**26  # the most that a service may be told to take
 INSTALL = "pip install 'carso[cpu]', or give --url to have a service count again"
@@ -40,7 +42,7 @@ def verify(
     ] = None,
     url: Annotated[str | None, typer.Option(help="Have this service count again, instead of this machine.")] = None,
 ) -> None:
-    """Count again what an answer says of its images.
+    """Count again what an answer says of its images, and prove again what it says is proven.
 
     Exit status 0: the count is the same. 1: it is another, or it cannot be counted again here.
     """
@@ -56,11 +58,14 @@ def verify(
         _fail(f"to count again needs {e.name}, which is not installed: {INSTALL}")
     same = True
     for index, (prediction, again) in enumerate(zip(claimed.predictions, found, strict=True)):
-        told = {name: getattr(prediction, name) for name in again}
+        told = {name: getattr(prediction, name) for name in again if name != PROOF}
+        if PROOF in again:
+            told[PROOF] = None if prediction.certified is None else prediction.certified.eps
         other = [f"{name} {told[name]}, counted {again[name]}" for name in again if told[name] != again[name]]
         same = same and not other
         verdict = f"NOT the same: {'; '.join(other)}" if other else "the same"
-        typer.echo(f"image {index}: label {told['label']} after {told['votes']} votes: {verdict}")
+        proof = f", proven within {told[PROOF]:g}" if told.get(PROOF) is not None else ""
+        typer.echo(f"image {index}: label {told['label']} after {told['votes']} votes{proof}: {verdict}")
     if not same:
         raise typer.Exit(DIFFERENT)
 
@@ -110,12 +115,14 @@ def _by_bundle(claimed: RobustResult, files: list[Path], folder: Path | None) ->
     pipeline = Pipeline(sessions, latent=manifest.latent, classes=len(manifest.classes), round_rows=ROUND_ROWS)
     for image, prediction in zip(images, claimed.predictions, strict=True):
         samples, risk, seed = _plan(prediction)
-        (result,) = pipeline.run([Job(image[None], VotePlan(samples=samples, risk=risk, seed=seed))])
+        certify = _to_prove(prediction, sessions.unproven)
+        (result,) = pipeline.run([Job(image[None], VotePlan(samples=samples, risk=risk, seed=seed), certify=certify)])
         (outcome,) = result.outcomes
         tally = outcome.tally
         if prediction.rule == "deadline":  # when it came cannot be counted again, but the votes until then can
             tally = _first_votes(sessions, image, seed, prediction.votes or 0, manifest.latent, len(tally))
-        label, fast_label = tally.index(max(tally)), int(result.probabilities[0].argmax())
+        fast_label = int(result.probabilities[0].argmax())
+        label = outcome.label if outcome.ending == "certificate" else tally.index(max(tally))
         yield {
             "label": label,
             "class_name": manifest.classes[label],
@@ -124,7 +131,33 @@ def _by_bundle(claimed: RobustResult, files: list[Path], folder: Path | None) ->
             "rule": "deadline" if prediction.rule == "deadline" else outcome.ending,
             "fast_label": fast_label,
             "agree": label == fast_label,
+            **_proof(result.certificates),
         }
+
+
+def _to_prove(prediction: RobustPrediction, unproven: str | None) -> Certify | None:
+    """Return what an answer says is proven; None: nothing. Raises Unverifiable if nothing can be proven here."""
+    from carso.inference.jobs import Certify
+
+    asked = _asked_again(prediction)
+    if asked["certify"] == "off":
+        return None
+    if unproven is not None:
+        raise Unverifiable(f"the answer says that its label is proven, and that cannot be checked: {unproven}")
+    return Certify(asked["certify"], asked["certify_eps"])
+
+
+def _asked_again(prediction: RobustPrediction) -> dict[str, Any]:
+    """Return the options that have the proof of an answer made again."""
+    if prediction.certified is None:
+        return {"certify": "off"}
+    decided = prediction.decided_by == "certificate"
+    return {"certify": "decide" if decided else "report", "certify_eps": prediction.certified.eps}
+
+
+def _proof(found: tuple[Certificate | None, ...] | None) -> dict[str, float | None]:
+    """Return at which eps the one image is proven; nothing, where the answer says nothing of it."""
+    return {} if found is None else {PROOF: None if found[0] is None else found[0].eps}
 
 
 def _first_votes(sessions: Any, image: np.ndarray, seed: int, votes: int, latent: int, classes: int) -> list[int]:
@@ -180,11 +213,16 @@ def _by_service(claimed: RobustResult, files: list[Path], url: str) -> Iterator[
     with Client(url) as client:
         for index, (file, prediction) in enumerate(zip(files, claimed.predictions, strict=True)):
             samples, risk, seed = _plan(prediction)
-            again = client.classify(file, samples=samples, risk=risk, seed=seed, **options)
+            proof = _asked_again(prediction)
+            again = client.classify(file, samples=samples, risk=risk, seed=seed, **proof, **options)
             _same_bundle(claimed, again.bundle.checksum, again.bundle.name)
             if again.images is None or again.images != (claimed.images or ())[index : index + 1]:
                 raise Unverifiable(f"image {index} is not the one of this answer, or {url} withholds its evidence")
-            yield {name: getattr(again.predictions[0], name) for name in COMPARED}
+            (found,) = again.predictions
+            counted = {name: getattr(found, name) for name in COMPARED}
+            if prediction.certified is not None:
+                counted[PROOF] = None if found.certified is None else found.certified.eps
+            yield counted
 
 
 def _plan(prediction: RobustPrediction) -> tuple[int, float, int]:

@@ -15,7 +15,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from carso.bundle import Bundle, Cell, InputSpec, Typical
-from carso.choices import Checked, Device, Evidence, Precision, PrecisionAsked, Untypical
+from carso.choices import Certifying, Checked, DecidedBy, Device, Evidence, Precision, PrecisionAsked, Untypical
 from carso.images.rendering import as_png
 from carso.inference.jobs import Ending, FirstSeen, Result, Standing, Times, VotePlan
 from carso.samples import Sample, Samples
@@ -76,11 +76,32 @@ _EXCESS = Field(
 _CONTRAST = Field(default=None, description="The image's largest value less its smallest. With `typical`.")
 
 
+CERTIFICATE = (
+    "It proves that every image which differs from the one sent by at most eps in every value gets the same label from "
+    "the first pass. It does not prove that the label is right, and says nothing of the vote, of other changes or of a "
+    "larger eps."
+)
+
+
+class Certified(_Answer):
+    """What is proven of one image's first pass."""
+
+    eps: float = Field(description="In units of the image's values.")
+    margin: float = Field(description="By how much the label's score stays above all others, at least.")
+
+
+_CERTIFIED = Field(
+    default=None,
+    description=f"The certificate of the image. {CERTIFICATE} Null: nothing is proven. Absent where `certify` is off.",
+)
+
+
 class FastPrediction(Label):
     """What the first pass says of one image."""
 
     excess: float | None = _EXCESS
     contrast: float | None = _CONTRAST
+    certified: Certified | None = _CERTIFIED
     probabilities: list[float] = Field(description="Of each class, in order.")
 
 
@@ -152,10 +173,19 @@ class Explanation(_Answer):
 class RobustPrediction(RobustLabel):
     """What the vote says of one image."""
 
-    label: int = Field(description="The class with most votes, the lowest among equals.")
+    label: int = Field(
+        description="The class with most votes, the lowest among equals; where a certificate decided, the first pass's."
+    )
     excess: float | None = _EXCESS
     contrast: float | None = _CONTRAST
-    share: float = Field(description="The leader's votes / votes cast.")
+    certified: Certified | None = _CERTIFIED
+    decided_by: DecidedBy | None = Field(
+        default=None,
+        description="certificate: the label was proven for all images within eps, and no vote was cast (`certify` is "
+        "decide). vote: the votes elected it, and the certificate, if any, is of `fast_label`. Absent where `certify` "
+        "is off.",
+    )
+    share: float = Field(description="The leader's votes / votes cast; 0 where a certificate decided.")
     tally: list[int] = Field(description="Votes of each class, in order.")
     votes: int = Field(description="Votes cast.")
     samples: int = Field(description="Votes asked for.")
@@ -163,7 +193,8 @@ class RobustPrediction(RobustLabel):
     risk: float = Field(description="The risk that was asked for.")
     risk_reached: float = Field(
         description="The bound that this tally gives on the chance that all `samples` votes would elect another class: "
-        "0 if the outcome is certain, 1 if the tally says nothing. It is about the count, not about robustness."
+        "0 if the outcome is certain, 1 if the tally says nothing, as where a certificate decided. It is about the "
+        "count, not about robustness."
     )
     seed: int = Field(description="Seed of this image's latents.")
     fast_label: int = Field(description="The fast path's answer to the same image.")
@@ -241,6 +272,8 @@ class Limits(_Answer):
     evidence: Evidence
     typical: Checked = Field(description="The paths on which images are compared with what the bundle knows.")
     untypical: Untypical = Field(description="What happens to an image that is not like that.")
+    certify: Certifying = Field(description="What is proven where a request does not say.")
+    certify_eps: float = Field(description="At which eps, where a request does not say.")
 
 
 class DeviceInfo(_Answer):
@@ -261,6 +294,7 @@ class Info(_Answer):
     device: DeviceInfo
     limits: Limits
     risk: float = Field(description="Used where a request gives none.")
+    certificate: str = Field(description="What a certificate proves; or why none can be given here.")
     media_types: tuple[str, ...] = Field(description="Bodies that are read.")
 
 
@@ -314,8 +348,10 @@ def bundle_info(bundle: Bundle, *, signed_by: str | None) -> BundleInfo:
 def fast_predictions(result: Result, classes: tuple[str, ...], bounds: Typical | None) -> list[dict[str, Any]]:
     """Return a FastPrediction of each image. `bounds`: of typical images; None: nothing is said of that."""
     return [
-        {"label": label, "class_name": classes[label], **figures, "probabilities": probabilities}
-        for (label, probabilities), figures in zip(_first_pass(result), _typical(result, bounds), strict=True)
+        {"label": label, "class_name": classes[label], **figures, **proven, "probabilities": probabilities}
+        for (label, probabilities), figures, proven in zip(
+            _first_pass(result), _typical(result, bounds), _certified(result), strict=True
+        )
     ]
 
 
@@ -328,7 +364,9 @@ def robust_predictions(
             "label": outcome.label,
             "class_name": classes[outcome.label],
             **figures,
-            "share": outcome.tally[outcome.label] / outcome.votes,
+            **proven,
+            **({"decided_by": "certificate" if outcome.ending == "certificate" else "vote"} if proven else {}),
+            "share": outcome.tally[outcome.label] / max(outcome.votes, 1),
             "tally": outcome.tally,
             "votes": outcome.votes,
             "samples": plan.samples,
@@ -340,8 +378,8 @@ def robust_predictions(
             "fast_label": fast_label,
             "agree": outcome.label == fast_label,
         }
-        for outcome, (fast_label, _), figures in zip(
-            result.outcomes, _first_pass(result), _typical(result, bounds), strict=True
+        for outcome, (fast_label, _), figures, proven in zip(
+            result.outcomes, _first_pass(result), _typical(result, bounds), _certified(result), strict=True
         )
     ]
 
@@ -372,6 +410,7 @@ def _picture(image: np.ndarray, spec: InputSpec) -> str:
 
 
 TYPICAL_FIELDS = frozenset(("typical", "excess", "contrast"))  # absent where nobody asked the purifier
+CERTIFICATE_FIELDS = frozenset(("certified", "decided_by"))  # absent where nobody asked for a proof
 
 
 def digests(images: np.ndarray) -> list[str]:
@@ -416,6 +455,16 @@ def _typical(result: Result, bounds: Typical | None) -> list[dict[str, Any]]:
             "contrast": found.contrast,
         }
         for found in result.typicalities
+    ]
+
+
+def _certified(result: Result) -> list[dict[str, Any]]:
+    """Return what is said of each image's certificate: nothing, where nobody asked."""
+    if result.certificates is None:
+        return [{}] * len(result.probabilities)
+    return [
+        {"certified": None if found is None else {"eps": found.eps, "margin": found.margin}}
+        for found in result.certificates
     ]
 
 

@@ -16,14 +16,14 @@ from starlette.requests import Request
 from carso.api import answers
 from carso.bundle import Typical
 from carso.choices import Evidence, PathName, Untypical
-from carso.errors import ClientGone, DeadlineExceeded, SeedRefused, UntypicalImage
+from carso.errors import CannotCertify, ClientGone, DeadlineExceeded, SeedRefused, UntypicalImage
 from carso.http.disconnect import WhileConnected
 from carso.http.exchange import Exchange
 from carso.inference import explanation
 from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineStopped
-from carso.inference.jobs import Job, News, Result, VotePlan
-from carso.options import RobustOptions
+from carso.inference.jobs import Certify, Job, News, Result, VotePlan
+from carso.options import FastOptions, RobustOptions
 from carso.telemetry.metrics import Metrics
 
 
@@ -50,9 +50,11 @@ class Classification:
         evidence: Evidence,
         bounds: Typical | None,
         untypical: Untypical,
+        unproven: str | None = None,
     ) -> None:
         """`trace` is called with every finished job. `evidence`: "label" withholds tallies, scores and timings.
-        `bounds`: the thresholds of typical images; None: the bundle has none.
+        `bounds`: the thresholds of typical images; None: the bundle has none. `unproven`: why nothing can be proven;
+        None: it can.
         """
         self._engine = engine
         self._metrics = metrics
@@ -62,18 +64,19 @@ class Classification:
         self._label_only = evidence == "label"
         self._bounds = bounds
         self._refuses_untypical = untypical == "refuse"
+        self._unproven = unproven
 
     def check(self, path: PathName) -> None:
         """Raise QueueFull if not even one image fits: before a body is read, so that a full queue costs no more."""
         self._engine.admission[path].check(1)
 
-    async def fast(self, request: Request, images: np.ndarray, *, decode: float) -> Classified:
+    async def fast(self, request: Request, images: np.ndarray, options: FastOptions, *, decode: float) -> Classified:
         """Answer with the first pass of `images` [n, *shape] float32, which took `decode` seconds to decode.
 
-        Raises UntypicalImage, QueueFull, ClientGone, and the engine's errors.
+        Raises CannotCertify, UntypicalImage, QueueFull, ClientGone, and the engine's errors.
         """
         exchange = Exchange.of(request.scope)
-        result = await self._run(request, Job(images))
+        result = await self._run(request, Job(images, certify=self._certify(options)))
         self._metrics.result("fast", result, decode=decode)
         timings = answers.fast_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
         predictions = answers.fast_predictions(result, self._classes, self._bounds)
@@ -93,18 +96,20 @@ class Classification:
 
         `explain`: whether the result has explanations. `follow`: as of Engine.run.
 
-        Raises SeedRefused, DeadlineExceeded, UntypicalImage, QueueFull, ClientGone, and the engine's errors.
+        Raises SeedRefused, CannotCertify, DeadlineExceeded, UntypicalImage, QueueFull, ClientGone, and the engine's
+        errors.
         """
         if not self._allow_seed and options.seed is not None:
             raise SeedRefused("this service chooses the seed itself: leave seed out, or ask its operator to allow it")
         exchange = Exchange.of(request.scope)
         plan = VotePlan(samples=options.samples, risk=options.risk, seed=options.seed)
         deadline = None if options.deadline_ms is None else exchange.arrived + options.deadline_ms / 1e3
-        result = await self._run(request, Job(images, plan, deadline, explain=explain), follow)
+        job = Job(images, plan, deadline, explain=explain, certify=self._certify(options))
+        result = await self._run(request, job, follow)
 
         if any(outcome.ending == "deadline" for outcome in result.outcomes):
             self._metrics.cancellation("deadline")
-        if unvoted := sum(not outcome.votes for outcome in result.outcomes):
+        if unvoted := sum(not outcome.votes and outcome.ending != "certificate" for outcome in result.outcomes):
             raise DeadlineExceeded(
                 f"no vote was cast for {unvoted} of {len(images)} images within {options.deadline_ms} ms: "
                 "give a later deadline_ms, or send fewer images"
@@ -119,6 +124,13 @@ class Classification:
         timings = answers.robust_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
         return self._told(exchange, "robust", result, predictions, timings)
 
+    def _certify(self, options: FastOptions) -> Certify | None:
+        if options.certify == "off":
+            return None
+        if self._unproven is not None:
+            raise CannotCertify(f"certify: {options.certify} is not possible here: {self._unproven}")
+        return Certify(options.certify, options.certify_eps)
+
     def _told(
         self,
         exchange: Exchange,
@@ -129,6 +141,7 @@ class Classification:
     ) -> Classified:
         exchange.labels = [prediction["label"] for prediction in predictions]
         exchange.timings = timings
+        self._metrics.certified(path, (p["certified"] is not None for p in predictions if "certified" in p))
         self._metrics.typical(path, (prediction["typical"] for prediction in predictions if "typical" in prediction))
         if self._refuses_untypical:
             self._check_typical(predictions)
@@ -168,6 +181,6 @@ class Classification:
             self._metrics.cancellation("stopping")
             raise
         explained = explanation.ROWS * len(result.explanations or ())
-        exchange.settle(len(job.images) + sum(outcome.votes for outcome in result.outcomes) + explained - job.rows)
+        exchange.settle(job.first_pass_rows + sum(outcome.votes for outcome in result.outcomes) + explained - job.rows)
         self._trace(job, result)
         return result

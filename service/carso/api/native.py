@@ -40,16 +40,17 @@ class Native:
         intake: Intake,
         bundle: Bundle,
         robust_options: type[ExplainedOptions],
+        fast_options: type[FastOptions],
         *,
         provider: str,
         precision: Precision,
         max_images: int,
         evidence: Evidence,
     ) -> None:
-        """`robust_options` holds this service's defaults and limits."""
+        """`robust_options` and `fast_options` hold this service's defaults and limits."""
         self._classification = classification
         self._intake = intake
-        self._robust_options = robust_options
+        self._robust_options, self._fast_options = robust_options, fast_options
         self._spec = bundle.manifest.input
         self._classes = bundle.manifest.classes
         self._max_images = max_images
@@ -78,14 +79,14 @@ class Native:
             summary="Classify by the first pass alone (the fast path)",
             answer=answers.FastAnswer if full else answers.FastLabels,
             errors=openapi.NATIVE_ERRORS,
-            extra=openapi.operation(FastOptions, self._spec, max_images=self._max_images),
+            extra=openapi.operation(self._fast_options, self._spec, max_images=self._max_images),
         )
 
     async def fast(self, request: Request) -> Response:
         """Answer by the first pass only."""
         self._classification.check("fast")
-        images, _, decode = await self._read(request, FastOptions)
-        classified = await self._classification.fast(request, images, decode=decode)
+        images, options, decode = await self._read(request, self._fast_options)
+        classified = await self._classification.fast(request, images, options, decode=decode)
         return _json(self._content(request, classified))
 
     async def robust(self, request: Request) -> Response:

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 from fastapi import FastAPI
 from pydantic import BaseModel, Field, RootModel
+from pydantic.fields import FieldInfo
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -47,6 +48,11 @@ _PREDICTIONS: dict[tuple[PathName, Evidence], type[BaseModel]] = {
     ("fast", "full"): answers.FastPrediction,
     ("robust", "label"): answers.RobustLabel,
     ("robust", "full"): answers.RobustPrediction,
+}
+# What a certificate says of each image, as tensors
+_CERTIFIED = {
+    "certified_eps": FieldInfo(annotation=float, description="0: nothing is proven, or nothing was asked for."),
+    "certified_margin": FieldInfo(annotation=float, description="0: likewise."),
 }
 _KNOWN = frozenset((*RobustOptions.model_fields, "timeout"))
 Asked = Callable[[], tuple[InferRequest, Sequence[Source]]]
@@ -128,10 +134,12 @@ class Model:
         max_images: int,
         evidence: Evidence,
         tells_typical: bool,
+        proves: bool,
         whole: Whole,
     ) -> None:
         """`options`: RobustOptions with this service's limits on the robust path, FastOptions on the fast one.
-        `tells_typical`: whether answers on this path say if an image is typical. `whole`: keeps the statistics.
+        `tells_typical`: whether answers on this path say if an image is typical. `proves`: whether labels can be
+        proven. `whole`: keeps the statistics.
         """
         self.name = manifest.name if path == "robust" else f"{manifest.name}-fast"
         self.version = manifest.version
@@ -139,8 +147,10 @@ class Model:
         fields = {
             name: field
             for name, field in _PREDICTIONS[path, evidence].model_fields.items()
-            if tells_typical or name not in answers.TYPICAL_FIELDS
+            if (tells_typical or name not in answers.TYPICAL_FIELDS) and name not in answers.CERTIFICATE_FIELDS
         }
+        if proves and evidence == "full":
+            fields |= _CERTIFIED
         self._classification = classification
         self._intake = intake
         self.provider = provider
@@ -238,7 +248,7 @@ class Model:
     ) -> Classified:
         if isinstance(options, RobustOptions):
             return await self._classification.robust(request, images, options, decode=decode)
-        return await self._classification.fast(request, images, decode=decode)
+        return await self._classification.fast(request, images, options, decode=decode)
 
     def _check_outputs(self, asked: InferRequest) -> None:
         for output in asked.outputs or ():
@@ -270,7 +280,15 @@ class Model:
         """Yield each output that the request wants: name, datatype, values, and whether it asks for binary form."""
         wanted = {output.name: output.binary for output in asked.outputs or ()} or dict.fromkeys(self._types)
         for name, binary in wanted.items():
-            yield name, self._types[name], [prediction[name] for prediction in classified.predictions], binary
+            values = [_value(prediction, name) for prediction in classified.predictions]
+            yield name, self._types[name], values, binary
+
+
+def _value(prediction: dict[str, Any], name: str) -> Any:
+    """Return what a tensor holds of one prediction: a tensor has a number for every image, so 0 is `not proven`."""
+    if name in _CERTIFIED:
+        return (prediction.get("certified") or {}).get(name.removeprefix("certified_"), 0.0)
+    return prediction[name]
 
 
 def _options(asked: InferRequest, path: PathName) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from typing import Self, TypedDict
 import httpx
 from socksio.exceptions import ProtocolError
 
-from carso.choices import Fit
+from carso.choices import Certifying, Fit
 from carso.client import DEFAULT_URL, events
 from carso.client.call import Call, Patience, R
 from carso.client.connections import route_to
@@ -148,6 +148,8 @@ class Client(_Calls):
         invert: bool = False,
         background: str | None = None,
         explain: bool = False,
+        certify: Certifying | None = None,
+        certify_eps: float | None = None,
         deadline: float | None = None,
     ) -> RobustResult:
         """Classify images on the robust path: both passes, and a vote.
@@ -164,9 +166,11 @@ class Client(_Calls):
         height and width, instead of having them refused; arrays are never scaled. `fit`: "pad" keeps their
         proportions, "stretch" does not. `invert`: turn every value round, as for dark ink on white paper.
         `background`: what transparent pixels show: "white", "black", or a colour as "RRGGBB". `explain`: show what the
-        votes were cast on, for at most 8 images. `deadline`: seconds for everything, retries included; the service is
-        told what is left of it, and answers by then with the votes cast so far (`complete` is False). What is None is
-        the service's default.
+        votes were cast on, for at most 8 images. `certify`: "report" has every prediction say whether all images within
+        `certify_eps` get the same label from the first pass, as `certified`; "decide" also takes a proven label as the
+        answer, without a vote; "max" finds the largest eps; "off" asks for no proof. A proven label may still be wrong.
+        `deadline`: seconds for everything, retries included; the service is told what is left of it, and answers by
+        then with the votes cast so far (`complete` is False). What is None is the service's default.
 
         Returns one prediction per image, in the order sent. Raises RequestRefused, Unavailable, DeadlineExceeded,
         UnexpectedAnswer; OSError for a file that cannot be read; TypeError and ValueError for what cannot be sent.
@@ -180,6 +184,8 @@ class Client(_Calls):
             invert=invert,
             background=background,
             explain=explain or None,
+            certify=certify,
+            certify_eps=certify_eps,
         )
         return self._run(self._robust(images, options, deadline))
 
@@ -260,6 +266,8 @@ class Client(_Calls):
         fit: Fit = "pad",
         invert: bool = False,
         background: str | None = None,
+        certify: Certifying | None = None,
+        certify_eps: float | None = None,
         deadline: float | None = None,
     ) -> FastResult:
         """Classify images on the fast path: the classifier alone. Arguments and errors are those of `classify`.
@@ -267,9 +275,10 @@ class Client(_Calls):
         (prediction,) = client.classify_fast(png_bytes).predictions
         print(prediction.class_name, prediction.probabilities[prediction.label])
         """
-        return self._run(
-            self._fast(images, _options(resize=resize, fit=fit, invert=invert, background=background), deadline)
+        options = _options(
+            resize=resize, fit=fit, invert=invert, background=background, certify=certify, certify_eps=certify_eps
         )
+        return self._run(self._fast(images, options, deadline))
 
     def info(self) -> Info:
         """Ask what is served, with which limits, on which device. Errors are those of `classify`.
@@ -372,6 +381,8 @@ class AsyncClient(_Calls):
         invert: bool = False,
         background: str | None = None,
         explain: bool = False,
+        certify: Certifying | None = None,
+        certify_eps: float | None = None,
         deadline: float | None = None,
     ) -> RobustResult:
         """Classify images on the robust path, as `Client.classify` does.
@@ -387,6 +398,8 @@ class AsyncClient(_Calls):
             invert=invert,
             background=background,
             explain=explain or None,
+            certify=certify,
+            certify_eps=certify_eps,
         )
         return await self._run(self._robust(images, options, deadline))
 
@@ -470,15 +483,18 @@ class AsyncClient(_Calls):
         fit: Fit = "pad",
         invert: bool = False,
         background: str | None = None,
+        certify: Certifying | None = None,
+        certify_eps: float | None = None,
         deadline: float | None = None,
     ) -> FastResult:
         """Classify images on the fast path, as `Client.classify_fast` does.
 
         (prediction,) = (await client.classify_fast("digit.png")).predictions
         """
-        return await self._run(
-            self._fast(images, _options(resize=resize, fit=fit, invert=invert, background=background), deadline)
+        options = _options(
+            resize=resize, fit=fit, invert=invert, background=background, certify=certify, certify_eps=certify_eps
         )
+        return await self._run(self._fast(images, options, deadline))
 
     async def info(self) -> Info:
         """Ask what is served, as `Client.info` does.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from carso.choices import Fit
+from carso.choices import Certifying, Fit
 from carso.client import DEFAULT_URL
 
 if TYPE_CHECKING:
@@ -74,6 +74,14 @@ def classify(
             metavar="DIR", help="Write a picture of each image's vote into this folder, and show it if possible."
         ),
     ] = None,
+    certify: Annotated[
+        Certifying | None,
+        typer.Option(
+            help="What to prove: that all images within an eps get the same label from the first pass. report: at "
+            "--certify-eps. max: at the largest eps. decide: a proven label needs no vote."
+        ),
+    ] = None,
+    certify_eps: Annotated[float | None, typer.Option(help="The eps of --certify.")] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -96,7 +104,14 @@ def classify(
     def ask(client: Client, image: Path | bytes) -> RobustResult | FastResult:
         if fast:
             return client.classify_fast(
-                image, resize=resize, fit=fit, invert=invert, background=background, deadline=deadline
+                image,
+                resize=resize,
+                fit=fit,
+                invert=invert,
+                background=background,
+                certify=certify,
+                certify_eps=certify_eps,
+                deadline=deadline,
             )
         return client.classify(
             image,
@@ -108,6 +123,8 @@ def classify(
             invert=invert,
             background=background,
             explain=explain is not None,
+            certify=certify,
+            certify_eps=certify_eps,
             deadline=deadline,
         )
 
@@ -135,7 +152,11 @@ def classify(
                     _draw(explain, len(rows), file, prediction, show=not as_json)
     if rows and not as_json:
         heads = tables.FAST_HEADS if fast else tables.ROBUST_HEADS
-        tables.print_table(heads, [tables.row(*row) for row in rows])
+        lines = [tables.row(*row) for row in rows]
+        if any("certified" in prediction.model_fields_set for _, prediction in rows):
+            heads = (*heads, tables.PROVEN)
+            lines = [(*line, tables.proven(prediction)) for line, (_, prediction) in zip(lines, rows, strict=True)]
+        tables.print_table(heads, lines)
     for row in rows:
         for warning in tables.warnings(*row):
             _complain(warning)

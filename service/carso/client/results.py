@@ -28,6 +28,13 @@ class BundleName(_Value):
     checksum: str  # SHA-256 of the bundle's manifest
 
 
+class Certified(_Value):
+    """What is proven: every image within `eps` of the one sent gets the same label from the first pass."""
+
+    eps: float  # no value of the image differs by more, in units of its values
+    margin: float  # by how much the label's score stays above all others, at least
+
+
 class FastPrediction(_Value):
     """What the fast path says of one image."""
 
@@ -36,6 +43,7 @@ class FastPrediction(_Value):
     typical: bool | None = None  # False: not like the images that the bundle knows, so the label means little
     excess: float | None = None  # the figures that tell; see docs/typical.md
     contrast: float | None = None
+    certified: Certified | None = None  # None: nothing is proven, or `certify` is off
     probabilities: tuple[float, ...] | None = None  # of each class, in order
 
 
@@ -76,11 +84,13 @@ class RobustPrediction(_Value):
     typical: bool | None = None  # False: not like the images that the bundle knows, so the label means little
     excess: float | None = None  # the figures that tell; see docs/typical.md
     contrast: float | None = None
+    certified: Certified | None = None  # of `fast_label`; None: nothing is proven, or `certify` is off
+    decided_by: str | None = None  # certificate: `label` is proven, and no vote was cast; vote; None: `certify` is off
     share: float | None = None  # of `label` among the votes cast, from 0 to 1
     tally: tuple[int, ...] | None = None  # votes of each class, in order
     votes: int | None = None  # cast
     samples: int | None = None  # votes asked for
-    rule: str | None = None  # what ended the count: exact, risk-limited, deadline
+    rule: str | None = None  # what ended the count: exact, risk-limited, deadline; certificate: there was none
     risk: float | None = None  # asked for
     risk_reached: float | None = None  # the bound that this tally gives
     seed: int | None = None  # of this image's latents
@@ -196,6 +206,8 @@ class Limits(_Value):
     evidence: str  # full or label
     typical: str | None = None  # the paths that say whether an image is typical: robust, all or off
     untypical: str | None = None  # what happens to an image that is not: mark or refuse
+    certify: str | None = None  # what is proven where a call does not say
+    certify_eps: float | None = None  # and at which eps
 
 
 class Info(_Value):
@@ -206,6 +218,7 @@ class Info(_Value):
     device: DeviceInfo
     limits: Limits
     risk: float  # used where a call gives none
+    certificate: str | None = None  # what a certificate proves here, or why none can be given
     media_types: tuple[str, ...]
 
 

@@ -15,6 +15,7 @@ Prediction: TypeAlias = RobustPrediction | FastPrediction
 
 ROBUST_HEADS = ("file", "class", "share", "votes", "fast label", "agree")
 FAST_HEADS = ("file", "class", "probability")
+PROVEN = "proven within"  # the head of one more column, where a proof was asked for
 
 
 def row(name: str, prediction: Prediction) -> Sequence[str]:
@@ -31,6 +32,11 @@ def row(name: str, prediction: Prediction) -> Sequence[str]:
         case FastPrediction(probabilities=probabilities):
             shown = (None if probabilities is None else f"{probabilities[prediction.label]:.4f}",)
     return (name, prediction.class_name, *("-" if value is None else str(value) for value in shown))
+
+
+def proven(prediction: Prediction) -> str:
+    """Say within which eps the first pass's label is proven; "-": at none."""
+    return "-" if prediction.certified is None else f"{prediction.certified.eps:g}"
 
 
 def warnings(name: str, prediction: Prediction) -> list[str]:

@@ -33,6 +33,7 @@ _STATUSES: dict[int, tuple[type[RequestError], ...]] = {
         errors.ObjectArray,
         errors.UnsupportedDtype,
         errors.UntypicalImage,
+        errors.CannotCertify,
         errors.TransparentImage,
         errors.AnimatedImage,
         errors.UnexpectedPart,

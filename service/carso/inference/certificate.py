@@ -8,39 +8,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import numpy as np
 
 from carso.bundle import BOUNDS, Bundle
-from carso.choices import CPU, CertifyMode
+from carso.choices import BISECTIONS, CPU
+from carso.inference.jobs import Certificate, Certify
 
-BISECTIONS = 7
 STEPS = 2**BISECTIONS  # `max` finds the largest proven multiple of 1/STEPS
 
 Margins = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """images [B, *shape] float32, labels [B] int64, eps [B] float32 -> margins [B] float32; see Sessions.margins."""
-
-
-@dataclass(frozen=True, slots=True)
-class Certificate:
-    """Every image within `eps` gets the same label from the first pass."""
-
-    eps: float
-    margin: float  # > 0: by how much the label's score stays above all others, at least
-
-
-@dataclass(frozen=True, slots=True)
-class Certify:
-    """What is to be proven of a job's images."""
-
-    mode: CertifyMode
-    eps: float  # in (0, 1]; not used by `max`
-
-    @property
-    def rows(self) -> int:
-        """Rows of work for each image: a pass of bounds costs about two first passes."""
-        return 2 * (BISECTIONS if self.mode == "max" else 1)
 
 
 def unproven(bundle: Bundle, *, provider: str) -> str | None:

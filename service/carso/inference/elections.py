@@ -8,7 +8,7 @@ from typing import TypedDict, TypeVar
 
 import numpy as np
 
-from carso.inference.jobs import Ending, Explanation, Outcome, Result, Standing, Ticket, Times, Typicality
+from carso.inference.jobs import Certificate, Ending, Explanation, Outcome, Result, Standing, Ticket, Times, Typicality
 from carso.inference.latents import Stream
 from carso.inference.vote import Rule, StoppingRule
 
@@ -24,6 +24,7 @@ class Progress:
     started: float
     first_pass_done: float
     open: int  # elections still to end
+    certificates: tuple[Certificate | None, ...] | None = None  # one per image; None: not asked for
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by image
     typicalities: dict[int, Typicality] = field(default_factory=dict)  # by image
     explanations: dict[int, Explanation] = field(default_factory=dict)  # by image
@@ -45,6 +46,7 @@ class Progress:
             Times(self.ticket.submitted, self.started, self.first_pass_done, finished),
             _of_all(images, self.typicalities),
             _of_all(images, self.explanations),
+            self.certificates,
         )
 
 

@@ -9,10 +9,33 @@ from typing import Literal
 
 import numpy as np
 
-from carso.choices import PathName, price_of
+from carso.choices import BISECTIONS, CertifyMode, PathName, price_of
 
-Ending = Literal["exact", "risk-limited", "deadline"]  # what ended an election: a stopping rule, or the clock
-Spared = Literal["early_stop", "deadline", "cancelled"]  # why votes that were asked for were not cast
+# What ended an election: a stopping rule, the clock, or a proof that left nothing to vote on
+Ending = Literal["exact", "risk-limited", "deadline", "certificate"]
+# Why votes that were asked for were not cast
+Spared = Literal["early_stop", "deadline", "cancelled", "certificate"]
+
+
+@dataclass(frozen=True, slots=True)
+class Certificate:
+    """Every image within `eps` gets the same label from the first pass."""
+
+    eps: float
+    margin: float  # > 0: by how much the label's score stays above all others, at least
+
+
+@dataclass(frozen=True, slots=True)
+class Certify:
+    """What is to be proven of a job's images."""
+
+    mode: CertifyMode
+    eps: float  # in (0, 1]; not used by `max`
+
+    @property
+    def rows(self) -> int:
+        """Rows of work for each image: a pass of bounds costs about two first passes."""
+        return 2 * (BISECTIONS if self.mode == "max" else 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -40,6 +63,7 @@ class Job:
     plan: VotePlan | None = None  # None: the fast path
     deadline: float | None = None  # past it, open elections end with the votes that they have
     explain: bool = False  # whether the result says what the votes were cast on; for the robust path
+    certify: Certify | None = None  # None: nothing is to be proven
 
     def __post_init__(self) -> None:
         if not len(self.images):
@@ -53,7 +77,12 @@ class Job:
     @property
     def rows(self) -> int:
         """Rows of work that the job owes when it arrives."""
-        return len(self.images) * (self.plan.price if self.plan else 1)
+        return self.first_pass_rows + (len(self.images) * (self.plan.price - 1) if self.plan else 0)
+
+    @property
+    def first_pass_rows(self) -> int:
+        """Rows of work of its first passes, and of its proofs."""
+        return len(self.images) * (1 + (self.certify.rows if self.certify else 0))
 
     @property
     def votes(self) -> int:
@@ -63,9 +92,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """How the election of one image ended."""
+    """How the election of one image ended.
 
-    label: int  # the class with most votes, the lowest among equals; 0 if no vote was cast
+    One that a certificate decided has no votes, the first pass's label, and a risk reached of 1.
+    """
+
+    label: int  # the class with most votes, the lowest among equals; 0 if no vote was cast before a deadline
     votes: int  # cast
     tally: list[int]  # votes of each class
     ending: Ending
@@ -112,6 +144,8 @@ class Result:
     times: Times
     typicalities: tuple[Typicality, ...] | None = None  # one per image; None: not asked for, or an image had no vote
     explanations: tuple[Explanation, ...] | None = None  # likewise
+    # One per image, None where nothing is proven; or None: not asked for
+    certificates: tuple[Certificate | None, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -1,6 +1,6 @@
 """The two-pass pipeline over all work in flight: what one step computes, with no threads and no HTTP.
 
-    job (images) -> first pass -> one election per image -> rounds of votes -> tallies -> result
+    job (images) -> first pass [-> certificates] -> one election per image -> rounds of votes -> tallies -> result
 
 Waiting first passes go first. Then one round casts votes for the open elections in turn, and so on. An election leaves
 as soon as its count may stop, and a new one joins at the next round. The service's engine thread and the offline
@@ -22,9 +22,12 @@ from typing import get_args
 import numpy as np
 
 from carso.choices import MAX_SEED, PathName
+from carso.inference.certificate import certificates
 from carso.inference.elections import Election, Progress
 from carso.inference.explanation import AVERAGED, explanation
 from carso.inference.jobs import (
+    Certificate,
+    Certify,
     FirstSeen,
     Job,
     News,
@@ -109,9 +112,13 @@ class Pipeline:
         finished: list[tuple[Ticket, Result | None]] = [(ticket, None) for ticket in gone]
         news: list[tuple[Ticket, News]] = []
         if batch:
-            finished += self._first_pass(batch, news)
+            done, decided = self._first_pass(batch, news)
+            finished += done
             for ticket in batch:  # from now on a robust job owes its votes, whatever it was priced at
                 settled[ticket.job.path] += ticket.job.rows - ticket.job.votes
+            if decided:
+                settled["robust"] += decided
+                spared["certificate"] += decided
         return Step(
             finished=tuple(finished),
             first_passes=sum(len(ticket.job.images) for ticket in batch),
@@ -185,9 +192,13 @@ class Pipeline:
                 size += len(ticket.job.images)
         return batch, gone
 
-    def _first_pass(self, batch: Sequence[Ticket], news: list[tuple[Ticket, News]]) -> list[tuple[Ticket, Result]]:
-        """Compute the first passes of a batch and open the elections of its robust jobs; return the fast results. Add
-        to `news` what there is to tell.
+    def _first_pass(
+        self, batch: Sequence[Ticket], news: list[tuple[Ticket, News]]
+    ) -> tuple[list[tuple[Ticket, Result | None]], int]:
+        """Compute the first passes of a batch and open the elections of its robust jobs. Add to `news` what there is
+        to tell.
+
+        Return the results that need no vote, and how many votes certificates spared.
         """
         started = self._clock()
         images = batch[0].job.images if len(batch) == 1 else np.concatenate([ticket.job.images for ticket in batch])
@@ -197,12 +208,13 @@ class Pipeline:
         ]
         probabilities = np.concatenate([part.probabilities for part in parts])
         codes = np.concatenate([part.codes for part in parts])
-        labels = probabilities.argmax(axis=1).tolist()
+        labels = probabilities.argmax(axis=1)
+        proven = self._certificates(batch, images, labels)
         figures = self._typical_of_fast(batch, codes)
         done = self._clock()
 
-        finished: list[tuple[Ticket, Result]] = []
-        offset = 0
+        finished: list[tuple[Ticket, Result | None]] = []
+        offset = decided = 0
         for ticket in batch:
             own = slice(offset, offset + len(ticket.job.images))
             offset = own.stop
@@ -210,21 +222,69 @@ class Pipeline:
                 news += [(ticket, FirstSeen(image, found)) for image, found in enumerate(probabilities[own])]
             if ticket.job.plan is None:
                 times = Times(ticket.submitted, started, done, done)
-                finished.append((ticket, Result(probabilities[own], (), times, figures and figures[own])))
-            else:
-                progress = Progress(ticket, probabilities[own], started, done, open=len(ticket.job.images))
-                self._open_elections(progress, ticket.job.plan, codes[own], labels[own])
-        return finished
+                result = Result(
+                    probabilities[own], (), times, figures and figures[own], certificates=proven.get(ticket)
+                )
+                finished.append((ticket, result))
+                continue
+            progress = Progress(
+                ticket, probabilities[own], started, done, open=len(ticket.job.images), certificates=proven.get(ticket)
+            )
+            self._open_elections(progress, ticket.job.plan, codes[own], labels[own].tolist())
+            decided += len(progress.outcomes) * ticket.job.plan.samples
+            if not progress.open:
+                finished.append((ticket, progress.result(finished=self._clock())))
+        return finished, decided
+
+    def _certificates(
+        self, batch: Sequence[Ticket], images: np.ndarray, labels: np.ndarray
+    ) -> dict[Ticket, tuple[Certificate | None, ...]]:
+        """Prove what the jobs of a batch ask for: those that ask for the same together."""
+        rows: dict[Certify, list[tuple[Ticket, np.ndarray]]] = {}
+        offset = 0
+        for ticket in batch:
+            own = np.arange(offset, offset + len(ticket.job.images))
+            offset += len(own)
+            if ticket.job.certify is not None:
+                rows.setdefault(ticket.job.certify, []).append((ticket, own))
+        proven: dict[Ticket, tuple[Certificate | None, ...]] = {}
+        for asked, members in rows.items():
+            wanted = np.concatenate([own for _, own in members])
+            found: list[Certificate | None] = []
+            for start in range(0, len(wanted), self.round_rows):
+                part = wanted[start : start + self.round_rows]
+                found += certificates(self.sessions.margins, images[part], labels[part], asked)
+            for ticket, own in members:
+                proven[ticket], found = tuple(found[: len(own)]), found[len(own) :]
+        return proven
 
     def _open_elections(self, progress: Progress, plan: VotePlan, codes: np.ndarray, expected: list[int]) -> None:
+        """Open an election for each image of a job, but for those that a certificate decides."""
         rule = StoppingRule(plan.samples, self.classes, plan.risk)
-        self._voting.add(progress)
+        decided: list[int] = []
         for image, (code, label) in enumerate(zip(codes, expected, strict=True)):
             seed = secrets.randbelow(MAX_SEED + 1) if plan.seed is None else plan.seed
             tally = [0] * self.classes
+            if self._is_decided(progress, image):
+                decided.append(image)
+                progress.outcomes[image] = Outcome(label, 0, tally, "certificate", risk_reached=1.0, seed=seed)
+                continue
             election = Election(progress, image, rule, seed, code, label, tally, stream(seed))
             self._called += election.ballot
             self._open.append(election)
+        progress.open -= len(decided)
+        if progress.open:
+            self._voting.add(progress)
+        if decided and (eps := self._eps["robust"]) is not None:  # no vote will tell whether they are typical
+            figures = self._figures(progress.ticket.job.images[decided], codes[decided], eps)
+            progress.typicalities.update(zip(decided, figures, strict=True))
+
+    @staticmethod
+    def _is_decided(progress: Progress, image: int) -> bool:
+        job, proven = progress.ticket.job, progress.certificates
+        if job.certify is None or proven is None or job.explain:  # an explanation shows votes, so they are cast
+            return False
+        return job.certify.mode == "decide" and proven[image] is not None
 
     def _typical_of_fast(self, batch: Sequence[Ticket], codes: np.ndarray) -> tuple[Typicality, ...] | None:
         """The figures of the images on the fast path, which are the first of a batch; None: nobody asked."""
@@ -233,13 +293,17 @@ class Pipeline:
         if eps is None or not fast:
             return None
         images = np.concatenate(fast)
+        return tuple(self._figures(images, codes[: len(images)], eps))
+
+    def _figures(self, images: np.ndarray, codes: np.ndarray, eps: float) -> list[Typicality]:
+        """How typical images are, by a purified version of each, of latent 0."""
         found: list[Typicality] = []
         for start in range(0, len(images), self.round_rows):
-            part = codes[: len(images)][start : start + self.round_rows]
+            part = codes[start : start + self.round_rows]
             latents = np.zeros((len(part), self.latent), np.float32)
             purified = self.sessions.purify(part, np.arange(len(part)), latents)
             found += typicalities(images[start : start + self.round_rows], purified, eps=eps)
-        return tuple(found)
+        return found
 
     def _call_round(self, now: float) -> tuple[list[Election], list[int]]:
         """Take the elections of the next round off the queue; return them with the votes that each casts.

@@ -125,6 +125,17 @@ class Metrics:
             for path in get_args(PathName)
             for is_typical in (False, True)
         }
+        certified = Counter(
+            "carso_certified_images",
+            "Images of which a proof was asked, by whether every image within eps has their label from the first pass.",
+            ["path", "certified"],
+            registry=registry,
+        )
+        self._certified = {
+            (path, is_certified): certified.labels(path, str(is_certified).lower())
+            for path in get_args(PathName)
+            for is_certified in (False, True)
+        }
         build = Gauge(
             "carso_build_info",
             "1; the labels say what is running.",
@@ -217,8 +228,10 @@ class Metrics:
         """
         disagree = []
         for outcome, agrees in zip(outcomes, agree, strict=True):
-            self._votes.observe(outcome.votes)
             self._elections[outcome.ending].inc()
+            if outcome.ending == "certificate":
+                continue  # nothing was voted on: no votes to count, and no second path to agree
+            self._votes.observe(outcome.votes)
             self._agreement[agrees].inc()
             disagree.append(not agrees)
         for evidence in self._evidence_of(caller):
@@ -228,6 +241,11 @@ class Metrics:
         """Count images by whether they are typical."""
         for is_typical in typical:
             self._typical[path, is_typical].inc()
+
+    def certified(self, path: PathName, certified: Iterable[bool]) -> None:
+        """Count images of which a proof was asked, by whether there is one."""
+        for is_certified in certified:
+            self._certified[path, is_certified].inc()
 
     def step(self, step: Step) -> None:
         """Count what one step of the engine did."""
