@@ -238,7 +238,8 @@ def _presets() -> dict[str, Recipe]:
         "adversarial": Schedule(epochs=30, peak_lr=1e-3, batch_size=128, rate="steps", optimizer="adamw"),
         "robust_training": None,
         "certified_training": CertifiedTraining(),
-        "purification": Schedule(epochs=2, peak_lr=2e-3, **adamw),
+        # In so few steps, a longer average would be of weights that know nothing yet
+        "purification": Schedule(epochs=8, peak_lr=2e-3, **adamw | {"averaging": 0.95}),
         "hardening": None,
     }
     quick = {
