@@ -134,7 +134,7 @@ def test_the_document_lists_every_option_with_its_range(document, path):
         assert options["deadline_ms"] == {"type": "integer", "minimum": 1, "maximum": 600_000}
         assert options["risk"]["default"] == 1e-3
     else:
-        assert list(options) == ["resize", "fit", "invert", "background"]
+        assert list(options) == ["resize", "fit", "invert", "background", "certify", "certify_eps"]
 
 
 @pytest.mark.parametrize(("content_type", "body", "status", "error"), REFUSALS)

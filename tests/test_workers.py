@@ -130,7 +130,7 @@ def test_the_queue_is_one_for_all_workers(two):
         with alone(two, other), two.client() as client:
             refusal = as_npy("/classify", client, BATCH, **ENDLESS)
             assert "rows of work are owed to other requests" in refused(refusal, 429, "overloaded")
-            assert int(refusal.headers["retry-after"]) > 1  # as the other worker's pace has it
+            assert int(refusal.headers["retry-after"]) >= 1  # by the other worker's pace, and so by the machine
             assert in_flight(two) == 1
     comes_to(lambda: in_flight(two), 0)
     comes_to(lambda: sample(two.metrics(), 'carso_queue_rows{path="robust"}'), 0)

@@ -203,14 +203,15 @@ def test_what_is_around_the_pods_of_kserve_finds_them(tmp_path: Path) -> None:
 
 def test_ports_agree(deployed: list[Object]) -> None:
     (container,) = only(deployed, "Deployment")["spec"]["template"]["spec"]["containers"]
-    (port,) = container["ports"]
-    (service,) = only(deployed, "Service")["spec"]["ports"]
+    ports = {port["name"]: port["containerPort"] for port in container["ports"]}
+    targets = [port["targetPort"] for port in only(deployed, "Service")["spec"]["ports"]]
     (rule,) = only(deployed, "NetworkPolicy")["spec"]["ingress"]
     probes = [container[f"{kind}Probe"]["httpGet"] for kind in ("startup", "readiness", "liveness")]
-    assert port["containerPort"] == int(re.search(r"CARSO_PORT=(\d+)", _dockerfile())[1])
-    assert service["targetPort"] == port["name"]
-    assert [allowed["port"] for allowed in rule["ports"]] == [port["name"]]
-    assert [probe["port"] for probe in probes] == [port["name"]] * 3
+    (probed,) = {probe["port"] for probe in probes}
+    assert ports.pop(probed) == int(re.search(r"CARSO_PORT=(\d+)", _dockerfile())[1])
+    assert sorted(targets) == sorted(allowed["port"] for allowed in rule["ports"]) == sorted([probed, *ports])
+    set_to = {variable["name"]: variable.get("value") for variable in container.get("env", ())}
+    assert {name: str(port) for name, port in ports.items()} in ({}, {"grpc": set_to.get("CARSO_GRPC_PORT")})
     assert [probe["path"] for probe in probes] == ["/readyz", "/readyz", "/livez"]
 
 

@@ -125,7 +125,7 @@ class Metrics:
             for path in get_args(PathName)
             for is_typical in (False, True)
         }
-        certified = Counter(
+        certified = self._counter(
             "carso_certified_images",
             "Images of which a proof was asked, by whether every image within eps has their label from the first pass.",
             ["path", "certified"],

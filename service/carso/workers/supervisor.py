@@ -58,6 +58,10 @@ class _Process:
     refused: str | None = None  # why it cannot start
     silent_since: float = math.inf  # when its event loop was first found standing still
 
+    def signal(self, number: int) -> None:
+        """Send it a signal. Popen's own method would first ask whether it has ended, and so bury it unseen."""
+        os.kill(self.running.pid, number)  # it is there until it is buried
+
     def listen(self) -> None:
         """Read what it tells."""
         try:
@@ -233,7 +237,7 @@ class Supervisor:
         for each in self.sockets:  # the workers have theirs, and close them in their time
             each.close()
         for process in self._running.values():
-            process.running.send_signal(signal.SIGTERM)
+            process.signal(signal.SIGTERM)
 
     def _look(self) -> None:
         """Start what is due, and kill what stands still."""
@@ -247,7 +251,7 @@ class Supervisor:
         for worker, process in self._running.items():
             if overdue:
                 log.error("worker %d did not stop in time, and is killed", worker)
-                process.running.kill()
+                process.signal(signal.SIGKILL)
             elif process.served is not None and not self._stopping:
                 silence = self.board.silence(worker)
                 if silence <= self.settings.watchdog_s + SILENCE:
@@ -257,7 +261,7 @@ class Supervisor:
                 if now - process.silent_since >= PROOF:
                     process.silent_since = math.inf
                     log.error("the event loop of worker %d has stood still for %.0f s: it is killed", worker, silence)
-                    process.running.kill()
+                    process.signal(signal.SIGKILL)
 
     def _pause(self) -> float:
         """Return for how many seconds there is nothing to do unless somebody tells."""
