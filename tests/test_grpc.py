@@ -301,8 +301,14 @@ def test_the_clients_deadline_ends_the_count_in_time_for_its_answer(busy):
         assert set(found["rule"]) == {"deadline"}
         assert all(votes > 0 for votes in found["votes"])
         sooner = inference(FEW, samples=ENDLESS["samples"], risk=0, deadline_ms=1)
-        error = refused(connected, "ModelInfer", sooner, grpc.StatusCode.DEADLINE_EXCEEDED, timeout=PATIENCE)
-        assert "no vote was cast" in error.details()
+        try:
+            met = predictions(call(connected, "ModelInfer", sooner, timeout=PATIENCE))
+        except grpc.RpcError as e:
+            assert e.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "no vote was cast" in e.details()
+        else:  # a machine that casts a vote of each within a millisecond
+            assert not any(met["complete"])
+            assert all(votes > 0 for votes in met["votes"])
 
 
 def test_a_call_that_is_cancelled_ends_its_count(busy):
