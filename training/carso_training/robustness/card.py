@@ -20,7 +20,7 @@ images of shape {shape} with values in [0, 1]. `carso-train run {name}` trained 
 is in `manifest.json`.
 
 The method is described in E. Ballarin, *Counteradversarial Recall of Synthetic Observations* (2022), and the networks \
-are those of that work. The weights are an exponential moving average over the steps of the training.{hardening}
+are {networks}. The weights are an exponential moving average over the steps of the training.{hardening}
 
 ## Measured accuracy
 
@@ -66,6 +66,13 @@ After the published training, the system was *hardened*: its networks were train
 images, on images attacked through both passes at eps {eps}, and on images attacked on the first pass alone at eps \
 {first_pass_eps}. The second pass became a classifier of its own, which votes. In the tables, *IAT* is the hardened \
 first pass."""
+HARDENED_BEHIND = """
+
+The classifier of the first pass was trained by strong attacks alone. It then stayed as it was, while all that comes \
+after it was *hardened*: trained on, end to end, on clean images, on images attacked through both passes at eps {eps}, \
+and on images attacked on the first pass alone at eps {first_pass_eps}. The second pass became a classifier of its \
+own, which votes. In the tables, *IAT* is the classifier of the first pass."""
+NETWORKS = {"fcn": "those of that work", "conv": "convolutional"}
 
 EXPLANATIONS: dict[Kind, str] = {
     "white-box": "Columns *none* (the undefended classifier) and *IAT* (the adversarially trained classifier) show "
@@ -108,6 +115,7 @@ def model_card(
     images = dict.fromkeys(cell.images for cell in cells)
     return TEXT.format(
         name=recipe.name,
+        networks=NETWORKS[recipe.classifier.network],
         dataset=recipe.data.title,
         classes=len(recipe.data.classes),
         class_names=", ".join(recipe.data.classes),
@@ -134,4 +142,5 @@ def _hardened(hardening: Hardening) -> str:
     def listed(strengths: Strengths) -> str:
         return " or ".join(f"{eps:.2f}" for eps, _ in strengths)
 
-    return HARDENED.format(eps=listed(hardening.eps), first_pass_eps=listed(hardening.first_pass_eps))
+    text = HARDENED if hardening.train_first_pass else HARDENED_BEHIND
+    return text.format(eps=listed(hardening.eps), first_pass_eps=listed(hardening.first_pass_eps))
