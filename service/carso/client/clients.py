@@ -28,6 +28,7 @@ from carso.version import __version__
 TIMEOUT = 60.0  # seconds
 RETRIES = 3
 CONNECTIONS = 100
+NO_SOCKS = "the proxy does not speak SOCKS5"  # which httpx does not turn into an error of its own
 
 
 class _HttpxOptions(TypedDict):
@@ -183,7 +184,7 @@ class Client(_Calls):
             fit=fit,
             invert=invert,
             background=background,
-            explain=explain or None,
+            explain=explain,
             certify=certify,
             certify_eps=certify_eps,
         )
@@ -225,18 +226,11 @@ class Client(_Calls):
             fit=fit,
             invert=invert,
             background=background,
-            explain=explain or None,
+            explain=explain,
         )
         call = self._votes(images, options, deadline)
         while True:
-            request = call.request()
-            outcome: httpx.Response | httpx.RequestError
-            try:
-                outcome = self._http.send(request, stream=True)
-                if not outcome.is_success:
-                    outcome.read()
-            except httpx.RequestError as e:
-                outcome = e
+            outcome = self._attempt(call, stream=True)
             if isinstance(outcome, httpx.Response) and outcome.is_success:
                 with closing(outcome):
                     yield from self._events(call, outcome)
@@ -315,18 +309,23 @@ class Client(_Calls):
 
     def _run(self, call: Call[R]) -> R:
         while True:
-            request = call.request()
-            outcome: httpx.Response | httpx.RequestError
-            try:
-                outcome = self._http.send(request)
-            except httpx.RequestError as e:
-                outcome = e
-            except ProtocolError:  # which httpx does not turn into an error of its own
-                outcome = httpx.ProxyError("the proxy does not speak SOCKS5", request=request)
-            verdict = call.judge(outcome)
+            verdict = call.judge(self._attempt(call))
             if not isinstance(verdict, float):
                 return verdict
             time.sleep(verdict)
+
+    def _attempt(self, call: Call[R], *, stream: bool = False) -> httpx.Response | httpx.RequestError:
+        """Send a call once; return its answer, or why there is none. `stream`: the body of a 2xx is not read yet."""
+        request = call.request()
+        try:
+            response = self._http.send(request, stream=stream)
+            if not response.is_success:
+                response.read()
+        except httpx.RequestError as e:
+            return e
+        except ProtocolError:
+            return httpx.ProxyError(NO_SOCKS, request=request)
+        return response
 
     def close(self) -> None:
         """Close the connections."""
@@ -397,7 +396,7 @@ class AsyncClient(_Calls):
             fit=fit,
             invert=invert,
             background=background,
-            explain=explain or None,
+            explain=explain,
             certify=certify,
             certify_eps=certify_eps,
         )
@@ -430,21 +429,11 @@ class AsyncClient(_Calls):
             fit=fit,
             invert=invert,
             background=background,
-            explain=explain or None,
+            explain=explain,
         )
         call = self._votes(images, options, deadline)
         while True:
-            request = call.request()
-            outcome: httpx.Response | httpx.RequestError
-            try:
-                async with asyncio.timeout(call.left()):
-                    outcome = await self._http.send(request, stream=True)
-                    if not outcome.is_success:
-                        await outcome.aread()
-            except httpx.RequestError as e:
-                outcome = e
-            except TimeoutError:
-                outcome = httpx.ReadTimeout("the deadline has passed", request=request)
+            outcome = await self._attempt(call, stream=True)
             if isinstance(outcome, httpx.Response) and outcome.is_success:
                 async with aclosing(outcome), aclosing(self._events(call, outcome)) as events_of_call:
                     async for event in events_of_call:
@@ -526,21 +515,26 @@ class AsyncClient(_Calls):
 
     async def _run(self, call: Call[R]) -> R:
         while True:
-            request = call.request()
-            outcome: httpx.Response | httpx.RequestError
-            try:
-                async with asyncio.timeout(call.left()):  # httpx bounds each wait, but not their sum
-                    outcome = await self._http.send(request)
-            except httpx.RequestError as e:
-                outcome = e
-            except ProtocolError:  # which httpx does not turn into an error of its own
-                outcome = httpx.ProxyError("the proxy does not speak SOCKS5", request=request)
-            except TimeoutError:
-                outcome = httpx.ReadTimeout("the deadline has passed", request=request)
-            verdict = call.judge(outcome)
+            verdict = call.judge(await self._attempt(call))
             if not isinstance(verdict, float):
                 return verdict
             await asyncio.sleep(verdict)
+
+    async def _attempt(self, call: Call[R], *, stream: bool = False) -> httpx.Response | httpx.RequestError:
+        """Send a call once, as `Client._attempt` does."""
+        request = call.request()
+        try:
+            async with asyncio.timeout(call.left()):  # httpx bounds each wait, but not their sum
+                response = await self._http.send(request, stream=stream)
+                if not response.is_success:
+                    await response.aread()
+        except httpx.RequestError as e:
+            return e
+        except ProtocolError:
+            return httpx.ProxyError(NO_SOCKS, request=request)
+        except TimeoutError:
+            return httpx.ReadTimeout("the deadline has passed", request=request)
+        return response
 
     async def close(self) -> None:
         """Close the connections."""
@@ -566,11 +560,12 @@ def checked_url(url: str) -> str:
     return url
 
 
-def _options(*, resize: bool, fit: Fit, invert: bool, **options: object) -> dict[str, object]:
+def _options(*, resize: bool, fit: Fit, invert: bool, explain: bool = False, **options: object) -> dict[str, object]:
     """Make query parameters. Those that have their default everywhere are left out."""
     return {
         **options,
         "resize": True if resize else None,
         "fit": None if fit == "pad" else fit,
         "invert": True if invert else None,
+        "explain": True if explain else None,
     }
