@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 SHOWN = 80  # characters of a bad value that a message repeats: it may be megabytes
@@ -21,6 +21,14 @@ def complaint(model: type[BaseModel], error: ErrorDetails) -> str:
     """Return one sentence on a value that `model` refused: the value, and the allowed range."""
     field = str(error["loc"][0])
     return f"{shown(error['input'])} is not allowed; it must be {allowed(model, field)}"
+
+
+def first_complaint(errors: ValidationError) -> str:
+    """Return the first thing that a model refused, after where it stands, if that is not the whole."""
+    first = errors.errors()[0]
+    where = ".".join(map(str, first["loc"]))
+    reason = first["msg"].removeprefix("Value error, ")
+    return f"{where}: {reason}" if where else reason
 
 
 def shown(value: object) -> str:

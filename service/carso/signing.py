@@ -28,6 +28,7 @@ from cryptography.hazmat.primitives.serialization import (
 from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, ValidationError
 
 from carso.bundle import SIGNATURE, Bundle, BundleError
+from carso.complaints import first_complaint
 
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
 MEDIA_TYPE: Final = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -238,8 +239,8 @@ def _signature_file(path: Path) -> _File:
         raise BundleError(f"{path} cannot be read ({e.strerror}). Check the folder and its permissions.") from None
     except ValidationError as e:
         raise BundleError(
-            f"{path} is no signature made with a key, in the format of OpenSSF Model Signing ({_first(e)}). Sign the "
-            "bundle with: carso bundle sign"
+            f"{path} is no signature made with a key, in the format of OpenSSF Model Signing ({first_complaint(e)}). "
+            "Sign the bundle with: carso bundle sign"
         ) from None
 
 
@@ -249,16 +250,10 @@ def _statement(path: Path, payload: bytes) -> dict[str, str]:
         predicate = _Statement.model_validate_json(payload).predicate
     except ValidationError as e:
         raise BundleError(
-            f"{path} signs something else than the SHA-256 of each file ({_first(e)}). Sign the bundle with: carso "
-            "bundle sign"
+            f"{path} signs something else than the SHA-256 of each file ({first_complaint(e)}). Sign the bundle with: "
+            "carso bundle sign"
         ) from None
     return {resource.name: resource.digest for resource in predicate.resources}
-
-
-def _first(error: ValidationError) -> str:
-    first = error.errors()[0]
-    where = ".".join(map(str, first["loc"]))
-    return f"{where}: {first['msg']}" if where else first["msg"]
 
 
 def _pae(payload: bytes) -> bytes:

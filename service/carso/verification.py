@@ -75,14 +75,12 @@ def _receipt(file: Path) -> RobustResult:
     from pydantic import ValidationError
 
     from carso.client.results import RobustResult
+    from carso.complaints import first_complaint
 
     try:
         claimed = RobustResult.model_validate_json(file.read_bytes())
     except ValidationError as e:
-        first = e.errors()[0]
-        raise Unverifiable(
-            f"{file} is not a whole answer of /classify ({'.'.join(map(str, first['loc']))}: {first['msg']})"
-        ) from None
+        raise Unverifiable(f"{file} is not a whole answer of /classify ({first_complaint(e)})") from None
     if claimed.options is None or claimed.images is None or any(p.seed is None for p in claimed.predictions):
         raise Unverifiable(
             f"{file} has no seeds, options or images: the service withheld its evidence (CARSO_EVIDENCE=label), so "

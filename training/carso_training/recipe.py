@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from carso.complaints import first_complaint
 from pydantic import AfterValidator, BaseModel, Field, ValidationError, model_validator
 
 from carso_training.attacks import CLEAN, Attack, attack_named
@@ -138,10 +139,7 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
         except OSError as e:
             raise RecipeError(f"{path} cannot be read ({e.strerror})") from None
         except ValidationError as e:
-            first = e.errors()[0]
-            where = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
-            reason = first["msg"].removeprefix("Value error, ")
-            raise RecipeError(f"{path} is not a recipe: {where}{reason}") from None
+            raise RecipeError(f"{path} is not a recipe: {first_complaint(e)}") from None
 
     @model_validator(mode="before")
     @classmethod

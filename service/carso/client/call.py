@@ -24,6 +24,7 @@ from pydantic import BaseModel, ValidationError
 from carso.client import events
 from carso.client.errors import CarsoError, DeadlineExceeded, RequestRefused, Unavailable, UnexpectedAnswer
 from carso.client.images import Body
+from carso.complaints import first_complaint
 
 CONNECT_TIMEOUT = 5.0  # seconds, at most: a connection is made at once, or hardly ever
 GRACE = 1.0  # seconds after a deadline that the service knows, in which its answer with the votes so far may arrive
@@ -169,11 +170,8 @@ class Call(Generic[R]):
             raise self._unexpected(e, response) from None
 
     def _unexpected(self, error: ValidationError, response: httpx.Response) -> UnexpectedAnswer:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
         return UnexpectedAnswer(
-            f"{response.url} does not answer as a CARSO service does "
-            f"({where + ': ' if where else ''}{first['msg']}): is the URL right?",
+            f"{response.url} does not answer as a CARSO service does ({first_complaint(error)}): is the URL right?",
             request_id=self.request_id,
             status=response.status_code,
         )
