@@ -20,11 +20,9 @@ from carso.grpc.statuses import CODE
 from carso.http.envelope import Bodies, account, begin
 from carso.http.exchange import Exchange
 from carso.http.keys import ApiKeys
-from carso.http.refusals import as_request_error
+from carso.http.refusals import noted
 from carso.http.statuses import STATUS
 from carso.telemetry.metrics import Metrics
-
-log = logging.getLogger(__name__)
 
 INFER = "ModelInfer"
 PROBES = frozenset(("ServerLive", "ServerReady"))  # they need no key, and are logged at level debug
@@ -70,16 +68,14 @@ class Calls:
                 self._metrics.cancellation("deadline" if reason is DeadlineExceeded else "client_gone")
             raise
         except Exception as e:
-            await self._refuse(as_request_error(e), exchange, context)
+            await self._refuse(noted(e, exchange), exchange, context)
         finally:
             self._bodies.release(exchange)
             level = logging.DEBUG if name in PROBES else logging.INFO
             account(self._metrics, exchange, endpoint=f"/{SERVICE}/{name}", method="gRPC", level=level)
 
     async def _refuse(self, error: RequestError, exchange: Exchange, context: grpc.aio.ServicerContext) -> NoReturn:
-        exchange.status, exchange.error = STATUS[type(error)], error.name
-        if exchange.status >= 500:
-            log.exception("request failed", extra={"fields": {"request_id": exchange.request_id}})
+        exchange.status = STATUS[type(error)]
         trailing = [(REQUEST_ID, exchange.request_id)]
         if isinstance(error, Overloaded):
             trailing.append((RETRY_AFTER, str(error.retry_after)))

@@ -59,6 +59,15 @@ def as_request_error(error: Exception) -> RequestError:
             )
 
 
+def noted(error: Exception, exchange: Exchange) -> RequestError:
+    """Note that a request ended in `error`, and return what a caller is told. The log has what that does not tell."""
+    shown = as_request_error(error)
+    exchange.error = shown.name
+    if isinstance(shown, errors.InternalError):
+        log.error("request failed", exc_info=error, extra={"fields": {"request_id": exchange.request_id}})
+    return shown
+
+
 def answer(error: Exception, request_id: str, *, path: str = "") -> Response:
     """Return the answer to a request that ended in `error`. Its JSON is `error`, `message`, `request_id`.
 
@@ -77,14 +86,8 @@ def answer(error: Exception, request_id: str, *, path: str = "") -> Response:
 
 
 def event(error: Exception, exchange: Exchange) -> dict[str, object]:
-    """Note that a request ended in `error` after its answer had begun, and return what the client is told of it.
-
-    The log has what this does not tell.
-    """
-    shown = as_request_error(error)
-    exchange.error = shown.name
-    if isinstance(shown, errors.InternalError):
-        log.error("request failed", exc_info=error, extra={"fields": {"request_id": exchange.request_id}})
+    """Note that a request ended in `error` after its answer had begun, and return what the client is told of it."""
+    shown = noted(error, exchange)
     return {
         "error": shown.name,
         "message": str(shown),
@@ -102,5 +105,5 @@ def _allowed(error: HTTPException) -> str:
 async def refuse(request: Request, error: Exception) -> Response:
     """Answer a request that ended in `error`: the exception handler of the application."""
     exchange = Exchange.of(request.scope)
-    exchange.error = as_request_error(error).name
+    noted(error, exchange)
     return answer(error, exchange.request_id, path=without_prefix(request.scope))
