@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -180,13 +181,20 @@ def test_drawing_by_touch(browser, reference):
         touch = visit.page.context.new_cdp_session(visit.page)
 
         def draw() -> None:
-            for kind, point in zip(("Start", "Move", "Move", "Move"), strokes(visit.page), strict=True):
-                points = [{"x": point[0], "y": point[1]}]
-                touch.send("Input.dispatchTouchEvent", {"type": f"touch{kind}", "touchPoints": points})
-            touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": []})
+            # The finger rests before it is lifted. Else it would fling the page, and the next tap would only stop that.
+            began = time.time() - 2
+            for step, (kind, point) in enumerate(
+                zip(("Start", "Move", "Move", "Move"), strokes(visit.page), strict=True)
+            ):
+                points, at = [{"x": point[0], "y": point[1]}], began + step / 10
+                event = {"type": f"touch{kind}", "touchPoints": points, "timestamp": at}
+                touch.send("Input.dispatchTouchEvent", event)
+            touch.send("Input.dispatchTouchEvent", {"type": "touchEnd", "touchPoints": [], "timestamp": began + 1})
 
         visit.anew(draw)
         expect(visit.page.locator("#robust .label")).to_have_text("1")
+        visit.anew(lambda: visit.page.tap("#thumbs button >> nth=0"))
+        expect(visit.page.locator("#robust .truth")).to_have_text("right")
 
 
 def test_everything_by_keyboard_alone(visit):

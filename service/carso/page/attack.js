@@ -3,7 +3,7 @@
 import * as images from "./images.js";
 import { Pad } from "./pad.js";
 import { Refusal } from "./service.js";
-import { element, number, VoteChart } from "./vote.js";
+import { element, ms, number, VoteChart } from "./vote.js";
 
 const SOON = 120; // ms after the last change in which no further one came
 const THUMBS = 20; // samples that can be taken, at most
@@ -11,7 +11,6 @@ const SCORES = 3; // classes of the fast path that are shown
 
 const $ = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.1 ? 1 : 0)} %`;
-const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 
 export class Attack {
   constructor(service, info, samples) {
@@ -20,7 +19,7 @@ export class Attack {
     Object.assign(this, { shape, span: high - low, background: (background - low) / (high - low) });
     this.classes = info.bundle.classes;
     this.withheld = info.limits.evidence === "label";
-    this.pad = new Pad($("pad"), shape, this.background, () => this.#changed({ drawn: true }));
+    this.pad = new Pad($("pad"), shape, this.background, () => this.#changed());
     this.chart = new VoteChart($("bars"), $("count"), {
       track: $("risk-track"), bar: $("risk-bar").firstElementChild, text: $("risk-is"),
     });
@@ -28,6 +27,7 @@ export class Attack {
     this.sample = null; // the clean one that was taken
     this.clean = null; // its image, or that of a file: what there was before any change
     this.count = 0; // of the elections begun; the newest is the one that is shown
+    this.choices = 0; // of images that were asked for; the newest is the one that is taken
     this.#listen();
   }
 
@@ -139,11 +139,11 @@ export class Attack {
     const eps = version?.eps ?? 0;
     $("strength-is").textContent = eps ? `${number(eps)} of ${number(this.span)}` : "none";
     if (!version) return;
-    const chosen = ++this.count; // a slider moves faster than files come
+    const choice = ++this.choices; // a slider moves faster than files come
     const image = await this.#fetched(version);
-    if (chosen !== this.count) return;
+    if (choice !== this.choices) return;
     this.pad.put(image);
-    this.#changed({});
+    this.#changed();
   }
 
   #provenance() {
@@ -170,7 +170,7 @@ export class Attack {
     on("noise", "input", () => {
       const noise = Number($("noise").value);
       $("noise-is").textContent = noise ? `up to ${number(noise * this.span)}` : "none";
-      this.#changed({});
+      this.#changed();
     });
     for (const id of ["pen", "eraser"]) {
       on(id, "click", () => {
@@ -185,16 +185,16 @@ export class Attack {
       const inverted = images.mapped(this.pad.image(), (value) => 1 - value);
       if (!this.sample) this.clean = this.clean && images.mapped(this.clean, (value) => 1 - value);
       this.pad.put(inverted);
-      this.#changed({});
+      this.#changed();
     });
-    on("again", "click", () => this.#changed({}));
-    on("risk", "change", () => this.#changed({}));
+    on("again", "click", () => this.#changed());
+    on("risk", "change", () => this.#changed());
     on("open", "click", () => $("file").click());
     on("file", "change", () => {
       if ($("file").files.length) this.#file($("file").files[0]);
       $("file").value = "";
     });
-    on("centre", "change", () => this.#changed({}));
+    on("centre", "change", () => this.#changed());
     const over = (event, shown) => {
       event.preventDefault();
       $("dropping").hidden = !shown;
@@ -215,10 +215,11 @@ export class Attack {
     this.#leaveSample();
     this.clean = null;
     this.pad.put(images.blank(this.shape, this.background));
-    this.#changed({});
+    this.#changed();
   }
 
   #leaveSample() {
+    this.choices++;
     this.sample = null;
     for (const button of $("thumbs").children) button.setAttribute("aria-pressed", "false");
     $("kinds").disabled = $("strength").disabled = true;
@@ -239,7 +240,7 @@ export class Attack {
     this.#leaveSample();
     this.clean = image;
     this.pad.put(image);
-    this.#changed({});
+    this.#changed();
   }
 
   #notice(text) {

@@ -1,6 +1,6 @@
 // The second tab: how the service fares, from /metrics and /info.
 
-import { element, number } from "./vote.js";
+import { element, ms, number } from "./vote.js";
 
 const EVERY = 2000; // ms
 const KEPT = 90; // points of a line
@@ -54,7 +54,6 @@ const perSecond = (name, wanted) => (now, before, seconds) => (sum(now, name, wa
 const ratio = (above, below) => (now, before) => above(now, before, 1) / below(now, before, 1);
 const latency = (endpoint, q) => (now, before) =>
   1e3 * quantile(now, before, "carso_request_duration_seconds", { endpoint, status: "200" }, q);
-const ms = (value) => `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 const percent = (value) => `${(100 * value).toFixed(1)} %`;
 
 const TILES = [

@@ -33,14 +33,9 @@ export async function decoded(blob, shape) {
 export async function fitted(blob, shape, background) {
   const [, height, width] = shape;
   const bitmap = await createImageBitmap(blob);
-  const canvas = canvasOf(width, height);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  const level = Math.round(255 * background);
-  context.fillStyle = `rgb(${level} ${level} ${level})`;
-  context.fillRect(0, 0, width, height);
+  const { canvas, context } = filled(width, height, background);
   const scale = Math.min(width / bitmap.width, height / bitmap.height);
   const [w, h] = [bitmap.width * scale, bitmap.height * scale];
-  context.imageSmoothingQuality = "high";
   context.drawImage(halved(bitmap, w, h), (width - w) / 2, (height - h) / 2, w, h);
   return fromCanvas(canvas, shape);
 }
@@ -61,6 +56,17 @@ export function canvasOf(width, height) {
   const canvas = document.createElement("canvas");
   [canvas.width, canvas.height] = [width, height];
   return canvas;
+}
+
+/** A canvas of one grey, to draw a scaled image on. */
+function filled(width, height, background) {
+  const canvas = canvasOf(width, height);
+  const context = canvas.getContext("2d", { willReadFrequently: true });
+  const level = Math.round(255 * background);
+  context.fillStyle = `rgb(${level} ${level} ${level})`;
+  context.fillRect(0, 0, width, height);
+  context.imageSmoothingQuality = "high";
+  return { canvas, context };
 }
 
 function drawnOn(canvas, source) {
@@ -132,12 +138,7 @@ export function centred(image, background) {
   const shape = [image.channels, height, width];
   const source = canvasOf(width, height);
   show(source, image);
-  const canvas = canvasOf(width, height);
-  const context = canvas.getContext("2d", { willReadFrequently: true });
-  const level = Math.round(255 * background);
-  context.fillStyle = `rgb(${level} ${level} ${level})`;
-  context.fillRect(0, 0, width, height);
-  context.imageSmoothingQuality = "high";
+  const { canvas, context } = filled(width, height, background);
   context.drawImage(
     source, left, top, right - left + 1, bottom - top + 1,
     width / 2 - scale * (x / mass - left), height / 2 - scale * (y / mass - top),

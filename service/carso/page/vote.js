@@ -113,6 +113,10 @@ function thinned(items, most) {
   return Array.from({ length: most }, (_, at) => items[Math.round((at * (items.length - 1)) / (most - 1))]);
 }
 
+export function ms(value) {
+  return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
+}
+
 export function number(value) {
   if (!value) return "0";
   return value >= 0.001 ? String(Number(value.toPrecision(2))) : value.toExponential(1);
