@@ -243,10 +243,10 @@ class Pipeline:
         rows: dict[Certify, list[tuple[Ticket, np.ndarray]]] = {}
         offset = 0
         for ticket in batch:
-            own = np.arange(offset, offset + len(ticket.job.images))
-            offset += len(own)
+            end = offset + len(ticket.job.images)
             if ticket.job.certify is not None:
-                rows.setdefault(ticket.job.certify, []).append((ticket, own))
+                rows.setdefault(ticket.job.certify, []).append((ticket, np.arange(offset, end)))
+            offset = end
         proven: dict[Ticket, tuple[Certificate | None, ...]] = {}
         for asked, members in rows.items():
             wanted = np.concatenate([own for _, own in members])

@@ -42,10 +42,9 @@ class Worker:
         self.board.take(number, os.getpid())
 
     @classmethod
-    def here(cls) -> Worker | None:
-        """Return None if this process is not a worker."""
-        given = os.environ.pop(VARIABLE, None)
-        return None if given is None else cls(**json.loads(given))
+    def here(cls) -> Worker:
+        """Return this process as a worker. Raises KeyError if it is none."""
+        return cls(**json.loads(os.environ.pop(VARIABLE)))
 
     def settled(self, settings: Settings) -> Settings:
         """Go to this worker's place among the processors, and return the settings with its share of the threads."""

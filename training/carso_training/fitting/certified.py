@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from carso_training.attacks import CLEAN
 from carso_training.datasets.examples import Examples
 from carso_training.fitting.classifier import VALIDATION_BATCH, accuracy
-from carso_training.fitting.loop import fit
+from carso_training.fitting.loop import fit, risen_at
 from carso_training.networks import Classifier, build_classifier
 from carso_training.networks.bounds import box_of, margins
 from carso_training.recipe import Recipe
@@ -43,7 +43,7 @@ def train_certified(fabric: Fabric, recipe: Recipe, *, train: Examples, held_out
 
     def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
         images, labels = train.pixels(rows), train.labels[rows]
-        risen = min(1.0, done / certified.rise) if certified.rise else 1.0
+        risen = risen_at(done, rise=certified.rise)
         eps = torch.full((len(images),), certified.eps * risen, device=images.device)
         scores = model(images)
         leads = margins(_chain(network), box_of(images, eps), labels, slack=False)

@@ -135,6 +135,13 @@ def fit(
     return trained_network
 
 
+def risen_at(done: float, *, rise: float) -> float:
+    """Return how far something has risen, in [0, 1], that rises in a straight line to 1 until the share `rise` of a
+    training is done. `done`: the share that is done, in [0, 1].
+    """
+    return min(1.0, done / rise) if rise else 1.0
+
+
 def _batches(fabric: Fabric, rows: int, size: int, *, seed: int, epoch: int) -> Iterator[Tensor]:
     """Yield this process's share of one epoch: equal shares, so that no process waits for another at the end."""
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(_mix(seed, epoch)))

@@ -19,7 +19,7 @@ from carso_training.attacks import attack_named
 from carso_training.datasets.examples import Examples
 from carso_training.fitting.classifier import own_attack_accuracies
 from carso_training.fitting.hardened import attacked_images, strengths
-from carso_training.fitting.loop import fit
+from carso_training.fitting.loop import fit, risen_at
 from carso_training.fitting.purifier import multiplies_bf16
 from carso_training.networks import Classifier, build_classifier
 from carso_training.recipe import Recipe
@@ -45,7 +45,7 @@ def train_robust(fabric: Fabric, recipe: Recipe, *, train: Examples, held_out: E
         images, labels = train.pixels(rows), train.labels[rows]
         # not `model`: a distributed wrapper would wait for gradients
         attacked_network = deepcopy(network).eval().requires_grad_(False).to(dtype)
-        risen = min(1.0, done / robust.rise) if robust.rise else 1.0
+        risen = risen_at(done, rise=robust.rise)
         attacked = attacked_images(
             lambda x: attacked_network(x.to(dtype)),
             images,
