@@ -22,6 +22,7 @@ from carso.settings import REFERENCE_BUNDLE
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 
 from tests.bundles import COLOUR, SMALL, shared_bundle
+from tests.calls import as_npy
 from tests.pictures import encoded
 from tests.server import Server, serving
 from tests.waiting import PATIENCE
@@ -382,6 +383,41 @@ def test_a_bundle_of_other_images_without_samples_is_drawn_on_too(browser, tmp_p
         _, height, width = config.classifier.input_shape
         assert page.locator("#read").evaluate("(canvas) => [canvas.height, canvas.width]") == [height, width]
         assert page.locator("#bars .row").count() == config.classifier.classes
+
+
+def test_it_says_how_far_the_first_passs_label_is_proven_and_when_nothing_is(browser, tmp_path):
+    sharp = np.random.default_rng(0).integers(0, 2, (40, 8, 8), dtype=np.uint8) * 255
+    with serving(shared_bundle(SMALL), tmp_path / "log", canary_s=0) as server, server.client() as client:
+        found = as_npy("/classify/fast", client, sharp[:, None] / np.float32(255), certify="max").json()["predictions"]
+        proven = next(at for at, each in enumerate(found) if each["certified"])
+        unproven = next(at for at, each in enumerate(found) if each["certified"] is None)
+        with visiting(browser, f"{server.url}/") as visit:
+            expect(visit.page.locator("#proof")).to_contain_text("A proof does not say that the label is right.")
+            for at in (proven, unproven):
+                (tmp_path / "image.png").write_bytes(encoded(sharp[at]))
+                visit.anew(lambda: visit.page.locator("#file").set_input_files(tmp_path / "image.png"))
+                claim, certified = visit.page.locator("#claim").inner_text(), found[at]["certified"]
+                if certified is None:
+                    assert claim == "Nothing is proven of this image, not even within 0.00781 of it."
+                    continue
+                said = re.fullmatch(
+                    r"The first pass answers (.*) for every image within (.*) of this one: no value may differ by "
+                    r"more\. Its score stays above all others by at least (.*)\.",
+                    claim,
+                )
+                assert said[1] == found[at]["class_name"]
+                for text, exact in zip(said.groups()[1:], (certified["eps"], certified["margin"]), strict=True):
+                    assert 0.99 * exact < float(text) <= exact  # rounded, and never to more than is proven
+                assert axe(visit.page) == []
+            visit.page.click("#tab-figures")
+            expect(visit.page.locator("#served")).to_contain_text("It does not prove that the label is right")
+
+
+def test_a_bundle_that_can_prove_nothing_has_no_proofs_on_its_page(visit):
+    expect(visit.page.locator("#proof")).to_be_hidden()
+    assert "proof" not in visit.page.locator("#fast").inner_text()
+    visit.page.click("#tab-figures")
+    expect(visit.page.locator("#served")).to_contain_text("None can be given: bundle mnist-fcn has no")
 
 
 def test_a_service_that_went_away_is_told_of(browser, tmp_path):

@@ -249,7 +249,8 @@ def test_an_older_bundle_answers_as_ever_and_refuses_proofs_with_the_way_to_get_
         assert as_npy(path, client, IMAGES[:2]).status_code == 200
         message = refused(as_npy(path, client, IMAGES[:2], certify="report"), 422, "cannot_certify")
         assert f"add it with `carso-train bounds {folder}`" in message
-    assert client.get("/info").json()["certificate"].startswith("None can be given: bundle random has no ")
+    info = client.get("/info").json()
+    assert not info["certifies"] and info["certificate"].startswith("None can be given: bundle random has no ")
     outputs = client.get("/v2/models/random").json()["outputs"]
     assert not [output for output in outputs if output["name"].startswith("certified")]
     with Client(str(client.base_url)) as connected, pytest.raises(RequestRefused, match="cannot_certify"):
@@ -269,14 +270,15 @@ LIMITS = ("does not prove that the label is right", "says nothing of the vote, o
 
 
 def test_the_words_say_what_is_proven_and_what_is_not(client):
-    certificate = client.get("/info").json()["certificate"]
+    info = client.get("/info").json()
+    assert info["certifies"]
     document = client.get("/openapi.json").json()
     schemas = document["components"]["schemas"]
     fields = [
         s["properties"]["certified"]["description"] for s in schemas.values() if "certified" in s.get("properties", ())
     ]
     assert len(fields) >= 2
-    for text in (certificate, *fields):
+    for text in (info["certificate"], *fields):
         for part in (*CLAIMS, *LIMITS):
             assert part in text
     parameters = document["paths"]["/classify"]["post"]["parameters"]

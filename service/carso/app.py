@@ -414,6 +414,7 @@ def _info(settings: Settings, bundle: Bundle, sessions: Sessions, key: PublicKey
         ),
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         risk=settings.risk,
+        certifies=sessions.unproven is None,
         certificate=CERTIFICATE if sessions.unproven is None else f"None can be given: {sessions.unproven}",
         media_types=MEDIA_TYPES,
     )

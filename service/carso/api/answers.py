@@ -294,6 +294,7 @@ class Info(_Answer):
     device: DeviceInfo
     limits: Limits
     risk: float = Field(description="Used where a request gives none.")
+    certifies: bool = Field(description="Whether certificates can be given here: what `certify` asks for.")
     certificate: str = Field(description="What a certificate proves; or why none can be given here.")
     media_types: tuple[str, ...] = Field(description="Bodies that are read.")
 

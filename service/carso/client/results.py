@@ -218,6 +218,7 @@ class Info(_Value):
     device: DeviceInfo
     limits: Limits
     risk: float  # used where a call gives none
+    certifies: bool | None = None  # whether certificates can be given here
     certificate: str | None = None  # what a certificate proves here, or why none can be given
     media_types: tuple[str, ...]
 

@@ -3,11 +3,12 @@
 import * as images from "./images.js";
 import { Pad } from "./pad.js";
 import { Refusal } from "./service.js";
-import { element, ms, number, VoteChart } from "./vote.js";
+import { element, ms, number, roundedDown, VoteChart } from "./vote.js";
 
 const SOON = 120; // ms after the last change in which no further one came
 const THUMBS = 20; // samples that can be taken, at most
 const SCORES = 3; // classes of the fast path that are shown
+const LEAST = 1 / 128; // the least eps that `certify=max` looks for
 
 const $ = (id) => document.getElementById(id);
 const percent = (share) => `${(100 * share).toFixed(share > 0.995 || share < 0.1 ? 1 : 0)} %`;
@@ -19,6 +20,7 @@ export class Attack {
     Object.assign(this, { shape, span: high - low, background: (background - low) / (high - low) });
     this.classes = info.bundle.classes;
     this.withheld = info.limits.evidence === "label";
+    this.proves = info.certifies && !this.withheld;
     this.pad = new Pad($("pad"), shape, this.background, () => this.#changed());
     this.chart = new VoteChart($("bars"), $("count"), {
       track: $("risk-track"), bar: $("risk-bar").firstElementChild, text: $("risk-is"),
@@ -37,6 +39,7 @@ export class Attack {
     $("colour").hidden = this.shape[0] !== 3;
     $("colour").value = this.pad.colour;
     for (const id of ["vote", "pictures"]) $(id).hidden = this.withheld;
+    $("proof").hidden = !this.proves;
     const clean = this.samples.filter(({ kind }) => kind === "none").slice(0, THUMBS);
     $("kinds").disabled = true;
     this.#provenance();
@@ -307,10 +310,11 @@ export class Attack {
     $("fast").querySelector(".scores").replaceChildren();
     $("robust").querySelector(".share").textContent = "";
     $("verdict").className = "";
+    $("claim").textContent = "\u00a0";
   }
 
   async #election(subject, isCurrent) {
-    const options = { risk: $("risk").value };
+    const options = { risk: $("risk").value, ...(this.proves && { certify: "max" }) };
     let answer;
     for await (const [name, content] of this.service.votes(images.npy(subject), options, this.running.signal)) {
       if (!isCurrent()) return;
@@ -322,7 +326,9 @@ export class Attack {
     }
     const [prediction] = answer.predictions;
     const { timings } = answer;
-    $("fast").querySelector(".cost").textContent = `${ms(timings.queue_ms + timings.first_pass_ms)} in the engine`;
+    $("fast").querySelector(".cost").textContent =
+      `${ms(timings.queue_ms + timings.first_pass_ms)} in the engine${this.proves ? ", with the proof" : ""}`;
+    if (this.proves) this.#proof(prediction);
     this.#pictures(subject, prediction, isCurrent);
     if (!(await this.chart.play(prediction, prediction.risk, isCurrent))) return;
     this.#label("robust", prediction);
@@ -361,6 +367,13 @@ export class Attack {
         return line;
       }),
     );
+  }
+
+  #proof({ fast_label: label, certified }) {
+    $("claim").textContent = certified
+      ? `The first pass answers ${this.classes[label]} for every image within ${roundedDown(certified.eps)} of this one: ` +
+        `no value may differ by more. Its score stays above all others by at least ${roundedDown(certified.margin)}.`
+      : `Nothing is proven of this image, not even within ${roundedDown(LEAST)} of it.`;
   }
 
   #label(id, { label, class_name: name }) {

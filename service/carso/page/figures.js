@@ -130,7 +130,7 @@ export class Figures {
     }
   }
 
-  #served({ version, bundle, device, limits, risk }) {
+  #served({ version, bundle, device, limits, risk, certificate }) {
     const adaptive = bundle.table
       .filter(({ defence, threat }) => defence === "carso" && threat.attack === "adaptive")
       .map(({ correct, images, threat }) => `${((100 * correct) / images).toFixed(1)} % of ${images} images at eps ${threat.eps.toFixed(2)}`);
@@ -142,6 +142,7 @@ export class Figures {
       Images: `${bundle.input.shape.join(" × ")}, from ${bundle.input.low} to ${bundle.input.high}. ${bundle.input.expects}`,
       Votes: `${bundle.samples} at most, at risk ${number(risk)}`,
       Device: `${device.provider}, votes in ${device.precision}: ${device.precision_because}`,
+      "A certificate": certificate,
       Evidence: limits.evidence === "full" ? "shown" : "withheld: labels only",
     };
     for (const [name, text] of Object.entries(facts)) $("served").append(element("dt", "", name), element("dd", "", text));

@@ -117,6 +117,12 @@ export function ms(value) {
   return `${value < 10 ? value.toFixed(1) : Math.round(value)} ms`;
 }
 
+/** At most what the value is, which is positive: what is proven of it is proven of this. */
+export function roundedDown(value) {
+  const digit = 10 ** (Math.floor(Math.log10(value)) - 2);
+  return String(Number((Math.floor(value / digit) * digit).toPrecision(3)));
+}
+
 export function number(value) {
   if (!value) return "0";
   return value >= 0.001 ? String(Number(value.toPrecision(2))) : value.toExponential(1);
