@@ -244,7 +244,7 @@ def _presets() -> dict[str, Recipe]:
         "name": "mnist-fcn-quick",
         "train_images": 6000,
         "validation_images": 500,
-        "test_images": 300,
+        "test_images": 100,
         "undefended": Schedule(epochs=3, peak_lr=0.01, batch_size=128, averaging=0.97),
         "adversarial": Schedule(epochs=5, peak_lr=0.01, batch_size=128, averaging=0.97),
         "training_attack_steps": 5,
