@@ -25,14 +25,18 @@ if TYPE_CHECKING:
     from carso.client.images import Image, Images
     from carso.client.results import (
         Explanation,
+        FastFrame,
         FastPrediction,
         FastResult,
         FirstPass,
+        FrameError,
         Info,
+        RobustFrame,
         RobustPrediction,
         RobustResult,
         Tally,
     )
+    from carso.client.streaming import Frame, StreamAnswer
     from carso.version import __version__
 
 __all__ = [
@@ -41,15 +45,20 @@ __all__ = [
     "Client",
     "DeadlineExceeded",
     "Explanation",
+    "FastFrame",
     "FastPrediction",
     "FastResult",
     "FirstPass",
+    "Frame",
+    "FrameError",
     "Image",
     "Images",
     "Info",
     "RequestRefused",
+    "RobustFrame",
     "RobustPrediction",
     "RobustResult",
+    "StreamAnswer",
     "Tally",
     "Unavailable",
     "UnexpectedAnswer",
@@ -70,14 +79,18 @@ _HOMES = {
     "carso.client.images": ("Image", "Images"),
     "carso.client.results": (
         "Explanation",
+        "FastFrame",
         "FastPrediction",
         "FastResult",
         "FirstPass",
+        "FrameError",
         "Info",
+        "RobustFrame",
         "RobustPrediction",
         "RobustResult",
         "Tally",
     ),
+    "carso.client.streaming": ("Frame", "StreamAnswer"),
     "carso.version": ("__version__",),
 }
 

@@ -24,6 +24,8 @@ from carso.api.classification import Classification
 from carso.api.intake import Intake
 from carso.api.native import Native
 from carso.api.open_inference import Model
+from carso.api.streams import PATH as STREAM
+from carso.api.streams import Answering, Bounds, Streams
 from carso.board.seat import Seat
 from carso.board.whole import Whole
 from carso.bundle import Bundle, BundleError
@@ -42,7 +44,7 @@ from carso.inference.pipeline import Pipeline
 from carso.inference.processors import give_way
 from carso.inference.runtime import check_runtime
 from carso.inference.sessions import Sessions
-from carso.options import ExplainedOptions, RobustOptions, fast_options, robust_options
+from carso.options import ExplainedOptions, RobustOptions, StreamOptions, fast_options, robust_options
 from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
 from carso.signing import PublicKey, UnusableKey
@@ -191,6 +193,26 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         evidence=settings.evidence,
     )
     native.add_to(app)
+    tells_typical = manifest.typical is not None
+    answering = Answering(
+        classification=classification,
+        intake=intake,
+        metrics=metrics,
+        lifecycle=lifecycle,
+        wait=lambda: engine.admission["robust"].wait,
+        spec=manifest.input,
+        served={**served, "precision": precision.precision},
+        evidence=settings.evidence,
+        tells_typical=tells_typical and "fast" in CHECKED[settings.typical],
+        bounds=Bounds(
+            streams=settings.max_streams,
+            in_flight=settings.stream_frames,
+            longest_line=settings.stream_line_bytes,
+            idle=settings.stream_idle_s,
+        ),
+        whole=whole,
+    )
+    Streams(answering, robust_options(StreamOptions, **of_robust)).add_to(app)
     operations.add_to(app, probes, metrics, _info(settings, bundle, sessions, key))
     models = [
         Model(
@@ -202,7 +224,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             provider=provider,
             max_images=settings.max_images,
             evidence=settings.evidence,
-            tells_typical=manifest.typical is not None and path in CHECKED[settings.typical],
+            tells_typical=tells_typical and path in CHECKED[settings.typical],
             proves=sessions.unproven is None,
             whole=whole,
         )
@@ -227,6 +249,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         receive_timeout=settings.receive_timeout_s,
         keys=keys,
         keyless=keyless,
+        endless=(STREAM,),
         endpoints=[path for route in app.routes if (path := getattr(route, "path", None))],
         metrics=metrics,
         lifecycle=lifecycle,

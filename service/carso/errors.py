@@ -42,6 +42,10 @@ class UndecodableMultipart(RequestError):
     """A multipart body that is damaged or truncated."""
 
 
+class MalformedFrame(RequestError):
+    """A line of a stream that is not a frame."""
+
+
 class MalformedRequest(RequestError):
     """Bytes that are not an HTTP request."""
 

@@ -92,6 +92,49 @@ class RobustOptions(FastOptions):
     )
 
 
+class StreamOptions(FastOptions):
+    """The options of /classify/stream. `robust_options` puts in the defaults and limits of one service."""
+
+    rate: float = Field(
+        default=0.1,
+        ge=0,
+        le=1,
+        description="Chance that a frame is drawn for the robust answer, whatever it shows and whatever the load is.",
+    )
+    max_rate: float | None = Field(
+        default=None,
+        ge=0,
+        le=1,
+        description="What that chance rises to while the engine is idle, and the budget full. Default: 1 with a "
+        "`budget`, and `rate` without one.",
+    )
+    margin: float = Field(
+        default=0,
+        ge=0,
+        le=1,
+        description="Frames whose two most probable classes differ by less on the fast path get the robust answer too.",
+    )
+    untypical: bool = Field(
+        default=False,
+        description="Frames that are not like the images that the bundle knows get the robust answer too. It needs a "
+        "service that looks at this on the fast path (CARSO_TYPICAL=all).",
+    )
+    budget: float | None = Field(
+        default=None,
+        ge=1,
+        le=1e9,
+        description="Votes per second that the stream may take, over ten seconds. Default: as many as are chosen.",
+    )
+    samples: int = Field(ge=1, description=RobustOptions.model_fields["samples"].description)
+    risk: Risk = Field(description=RobustOptions.model_fields["risk"].description)
+    deadline_ms: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_DEADLINE_MS,
+        description="As of /classify, counted from the arrival of each frame. A frame may have one of its own.",
+    )
+
+
 Options = TypeVar("Options", bound=FastOptions)
 
 
@@ -108,7 +151,7 @@ class ExplainedOptions(RobustOptions):
     )
 
 
-Robust = TypeVar("Robust", bound=RobustOptions)
+Robust = TypeVar("Robust", RobustOptions, ExplainedOptions, StreamOptions)
 
 
 def fast_options(*, certify: Certifying, certify_eps: float) -> type[FastOptions]:
@@ -128,7 +171,7 @@ def robust_options(
     """Return the options `base` with the bundle's `samples`, and the operator's limit and defaults."""
     fields = RobustOptions.model_fields
     return create_model(
-        "RobustOptions",
+        base.__name__,
         __base__=base,
         samples=(int, Field(default=samples, ge=1, le=max_samples, description=fields["samples"].description)),
         risk=(Risk, Field(default=risk, description=fields["risk"].description)),

@@ -232,6 +232,31 @@ class Settings(BaseModel):
         description="Most rows of work that the fast path may owe. An image owes one, 3 with a proof, and 15 where "
         "the largest eps is asked for. The service answers more with 429. At least 15 for each of CARSO_MAX_IMAGES.",
     )
+    max_streams: int = _queue(
+        default=16,
+        ge=0,
+        le=10_000,
+        description="Most streams that may be open. The service answers more with 429. 0 answers all of them so.",
+    )
+    stream_frames: int = _queue(
+        default=8,
+        ge=1,
+        le=1024,
+        description="Frames of one stream that may wait for their robust answer. At so many, no more of it is read.",
+    )
+    stream_line_bytes: int = _queue(
+        default=2**20,
+        ge=1024,
+        le=2**30,
+        description="Longest line of a stream, in bytes. So much is held for each stream, and 320 KiB more at worst.",
+    )
+    stream_idle_s: float = _queue(
+        default=300,
+        ge=1,
+        le=86_400,
+        description="Seconds without a whole line, or without a line being taken, after which the service ends a "
+        "stream.",
+    )
     drain_delay_s: float = _stop(
         default=0,
         ge=0,

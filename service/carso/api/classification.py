@@ -33,7 +33,7 @@ class Classified:
 
     predictions: list[dict[str, Any]]  # as answers.RobustPrediction or FastPrediction, or what evidence callers may see
     timings: dict[str, float] | None  # None: withheld
-    result: Result  # what they are made of
+    result: Result  # for the service itself: nothing of it is withheld
 
 
 class Classification:
@@ -70,13 +70,21 @@ class Classification:
         """Raise QueueFull if not even one image fits: before a body is read, so that a full queue costs no more."""
         self._engine.admission[path].check(1)
 
+    def certify(self, options: FastOptions) -> Certify | None:
+        """Return what is to be proven; None: nothing. Raises CannotCertify."""
+        if options.certify == "off":
+            return None
+        if self._unproven is not None:
+            raise CannotCertify(f"certify: {options.certify} is not possible here: {self._unproven}")
+        return Certify(options.certify, options.certify_eps)
+
     async def fast(self, request: Request, images: np.ndarray, options: FastOptions, *, decode: float) -> Classified:
         """Answer with the first pass of `images` [n, *shape] float32, which took `decode` seconds to decode.
 
         Raises CannotCertify, UntypicalImage, QueueFull, ClientGone, and the engine's errors.
         """
         exchange = Exchange.of(request.scope)
-        result = await self._run(request, Job(images, certify=self._certify(options)))
+        result = await self._run(request, Job(images, certify=self.certify(options)))
         self._metrics.result("fast", result, decode=decode)
         timings = answers.fast_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
         predictions = answers.fast_predictions(result, self._classes, self._bounds)
@@ -89,11 +97,13 @@ class Classification:
         options: RobustOptions,
         *,
         decode: float,
+        sampled: bool = True,
         explain: bool = False,
         follow: Callable[[News], None] | None = None,
     ) -> Classified:
         """Answer with both passes of `images` [n, *shape] float32, which took `decode` seconds to decode.
 
+        `sampled`: the images were not chosen for what they show, so that whether the paths agree on them is evidence.
         `explain`: whether the result has explanations. `follow`: as of Engine.run.
 
         Raises SeedRefused, CannotCertify, DeadlineExceeded, UntypicalImage, QueueFull, ClientGone, and the engine's
@@ -104,7 +114,7 @@ class Classification:
         exchange = Exchange.of(request.scope)
         plan = VotePlan(samples=options.samples, risk=options.risk, seed=options.seed)
         deadline = None if options.deadline_ms is None else exchange.arrived + options.deadline_ms / 1e3
-        job = Job(images, plan, deadline, explain=explain, certify=self._certify(options))
+        job = Job(images, plan, deadline, explain=explain, certify=self.certify(options))
         result = await self._run(request, job, follow)
 
         if any(outcome.ending == "deadline" for outcome in result.outcomes):
@@ -118,18 +128,11 @@ class Classification:
         agree = [prediction["agree"] for prediction in predictions]
         self._metrics.result("robust", result, decode=decode)
         caller = None if exchange.caller is None else exchange.caller.name
-        self._metrics.elections(result.outcomes, agree=agree, caller=caller)
+        self._metrics.elections(result.outcomes, agree=agree, sampled=sampled, caller=caller)
         exchange.votes = sum(outcome.votes for outcome in result.outcomes)
         exchange.agree = sum(agree)
         timings = answers.robust_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
         return self._told(exchange, "robust", result, predictions, timings)
-
-    def _certify(self, options: FastOptions) -> Certify | None:
-        if options.certify == "off":
-            return None
-        if self._unproven is not None:
-            raise CannotCertify(f"certify: {options.certify} is not possible here: {self._unproven}")
-        return Certify(options.certify, options.certify_eps)
 
     def _told(
         self,

@@ -19,8 +19,8 @@ from carso import errors as e
 from carso.api.answers import ErrorAnswer
 from carso.bundle import InputSpec
 from carso.http.statuses import STATUS
-from carso.images.media_types import IMAGE_TYPES, JSON, MULTIPART, NPY
-from carso.options import FastOptions
+from carso.images.media_types import IMAGE_TYPES, JSON, MULTIPART, NDJSON, NPY
+from carso.options import MAX_DEADLINE_MS, FastOptions
 
 Errors = tuple[type[e.RequestError], ...]
 
@@ -66,6 +66,18 @@ NATIVE_ERRORS: Errors = (
     e.UnexpectedPart,
     e.MissingImages,
     e.ConflictingParameters,
+)
+STREAM_ERRORS: Errors = (
+    e.MalformedRequest,
+    e.Unauthorized,
+    e.HeadTooLarge,
+    e.UnknownParameter,
+    e.InvalidParameter,
+    e.ConflictingParameters,
+    e.CannotCertify,
+    e.Overloaded,
+    e.InternalError,
+    e.NotReady,
 )
 INDEX_ERRORS: Errors = (
     e.UndecodableJson,
@@ -138,6 +150,47 @@ def add_endpoint(
     )
 
 
+def add_stream(
+    app: FastAPI,
+    path: str,
+    handler: Callable[[Request], Coroutine[Any, Any, Response]],
+    *,
+    options: type[FastOptions],
+    spec: InputSpec,
+    lines: dict[str, Any],
+) -> None:
+    """Add the endpoint of streams. `options` are in its query only; `lines` is the schema of a line of its answer.
+
+    OpenAPI 3.1 has no words for a body of many JSON texts, so an extension holds the schema of one.
+    """
+    frame = _object(
+        {
+            "id": {"anyOf": [{"type": "integer"}, {"type": "string", "maxLength": 128}]},
+            "image": _image(spec),
+            "deadline_ms": {"type": "integer", "minimum": 1, "maximum": MAX_DEADLINE_MS},
+        },
+        required="image",
+    )
+    text = {"type": "string", "format": "binary"}
+    sent = {**text, "description": "Lines of JSON, each a frame.", "x-line": frame}
+    answered = {**text, "description": "Lines of JSON, as they become known.", "x-line": _inlined(lines)}
+    app.router.add_api_route(
+        path,
+        handler,
+        methods=["POST"],
+        summary="Classify frames by the first pass, and those that a policy chooses by vote too",
+        responses={
+            200: {"description": "Successful Response", "content": {NDJSON: {"schema": answered}}},
+            **responses(*STREAM_ERRORS),
+        },
+        openapi_extra={
+            "parameters": _parameters(options),
+            "requestBody": {"required": True, "content": {NDJSON: {"schema": sent}}},
+        },
+        route_class_override=_DirectRoute,
+    )
+
+
 def responses(*types: type[e.RequestError]) -> dict[int | str, dict[str, Any]]:
     """Return the `responses` of a route that answers with these errors."""
     names: dict[int, list[str]] = defaultdict(list)
@@ -152,12 +205,9 @@ GUARDED = responses(e.InternalError, e.Unauthorized)
 
 def operation(options: type[FastOptions], spec: InputSpec, *, max_images: int) -> dict[str, Any]:
     """Return the `openapi_extra` of an endpoint that classifies images of `spec`."""
-    properties = options.model_json_schema()["properties"]
-    for schema in properties.values():
-        schema.pop("title", None)
     return {
-        "parameters": [_parameter(name, schema) for name, schema in properties.items()],
-        "requestBody": {"required": True, "content": _content(properties, spec, max_images=max_images)},
+        "parameters": _parameters(options),
+        "requestBody": {"required": True, "content": _content(_properties(options), spec, max_images=max_images)},
     }
 
 
@@ -226,6 +276,17 @@ def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
     return inlined
 
 
+def _properties(options: type[FastOptions]) -> dict[str, Any]:
+    properties: dict[str, Any] = options.model_json_schema()["properties"]
+    for schema in properties.values():
+        schema.pop("title", None)
+    return properties
+
+
+def _parameters(options: type[FastOptions]) -> list[dict[str, Any]]:
+    return [_parameter(name, schema) for name, schema in _properties(options).items()]
+
+
 def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
     """Describe an option as a query parameter, never a required one: a query string has no null."""
     value = {key: item for key, item in schema.items() if key not in ("description", "anyOf", "default")}
@@ -238,10 +299,7 @@ def _parameter(name: str, schema: dict[str, Any]) -> dict[str, Any]:
 
 def _content(options: dict[str, Any], spec: InputSpec, *, max_images: int) -> dict[str, Any]:
     encoded = {"type": "string", "format": "binary"}
-    entry = {"anyOf": [_nested(spec, spec.shape), {"type": "string", "description": "Base64 of an encoded image."}]}
-    if spec.shape[0] == 1:
-        entry["anyOf"].insert(0, _nested(spec, spec.shape[1:]))
-    images = {"type": "array", "minItems": 1, "maxItems": max_images, "items": entry}
+    images = {"type": "array", "minItems": 1, "maxItems": max_images, "items": _image(spec)}
     files = {"type": "array", "minItems": 1, "maxItems": max_images, "items": encoded}
     return {
         **{kind: {"schema": encoded} for kind in IMAGE_TYPES},
@@ -249,6 +307,14 @@ def _content(options: dict[str, Any], spec: InputSpec, *, max_images: int) -> di
         JSON: {"schema": _object({"images": images, **options}, required="images")},
         NPY: {"schema": {**encoded, "description": _npy(spec)}},
     }
+
+
+def _image(spec: InputSpec) -> dict[str, Any]:
+    """Describe one image in JSON."""
+    entry = {"anyOf": [_nested(spec, spec.shape), {"type": "string", "description": "Base64 of an encoded image."}]}
+    if spec.shape[0] == 1:
+        entry["anyOf"].insert(0, _nested(spec, spec.shape[1:]))
+    return entry
 
 
 def _object(properties: dict[str, Any], *, required: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ PARTS = (
     "bodies",  # bytes of bodies in flight
     "canary_asked",
     "canary_right",
+    "streams",  # that are open
 )
 
 

@@ -7,11 +7,12 @@ import os
 import re
 import ssl
 import time
-from collections.abc import AsyncGenerator, Generator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Generator, Iterable, Iterator, Mapping
 from contextlib import aclosing, closing
 from types import TracebackType
-from typing import Self, TypedDict
+from typing import Any, Self, TypedDict
 
+import httpcore
 import httpx
 from socksio.exceptions import ProtocolError
 
@@ -21,8 +22,18 @@ from carso.client.call import Call, Patience, R
 from carso.client.connections import route_to
 from carso.client.errors import Unavailable
 from carso.client.events import Event, Reader
-from carso.client.images import Images, body_of
-from carso.client.results import FastResult, Health, Info, RobustResult
+from carso.client.images import Image, Images, body_of
+from carso.client.results import FastResult, Health, Info, RobustResult, StreamStart
+from carso.client.streaming import (
+    END_OF_BODY,
+    Conversation,
+    Frame,
+    StreamAnswer,
+    asynchronous,
+    from_thread,
+    in_turns,
+    withheld,
+)
 from carso.version import __version__
 
 TIMEOUT = 60.0  # seconds
@@ -40,6 +51,13 @@ class _HttpxOptions(TypedDict):
     trust_env: bool
 
 
+class _Arguments(TypedDict):
+    url: str
+    api_key: str | None
+    timeout: float
+    retries: int
+
+
 class _Calls:
     """What both clients share: where the service is, and the calls that they make."""
 
@@ -50,6 +68,7 @@ class _Calls:
         key = api_key or os.environ.get("CARSO_API_KEY")
         if key and not re.fullmatch(r"[!-~]+", key):  # checked here, because httpx's own error would show the key
             raise ValueError("the API key must hold printable ASCII characters only, and no spaces")
+        self._made_with = _Arguments(url=self.url, api_key=key, timeout=timeout, retries=retries)
         self._headers = {"user-agent": f"carso/{__version__}"} | ({"authorization": f"Bearer {key}"} if key else {})
         self._timeout, self._retries = timeout, retries
         self._route = route_to(httpx.URL(self.url))
@@ -93,6 +112,18 @@ class _Calls:
             patience=Patience(timeout=self._timeout, retries=self._retries, deadline=deadline),
             params=options,
             body=body_of(images),
+        )
+
+    def _stream(self, options: Mapping[str, object], deadline: float | None) -> Call[StreamStart]:
+        """Open a stream; its body is written beside the answer."""
+        return Call(
+            lambda method, path, **request: self._http.build_request(method, path, **request | {"content": withheld()}),
+            "POST",
+            "/classify/stream",
+            model=StreamStart,
+            via=self._route.via,
+            patience=Patience(timeout=self._timeout, retries=self._retries),
+            params={**options, "deadline_ms": None if deadline is None else max(1, int(1e3 * deadline))},
         )
 
     def _info(self) -> Call[Info]:
@@ -273,6 +304,64 @@ class Client(_Calls):
             resize=resize, fit=fit, invert=invert, background=background, certify=certify, certify_eps=certify_eps
         )
         return self._run(self._fast(images, options, deadline))
+
+    def stream(
+        self,
+        frames: Iterable[Frame | Image | Any],
+        *,
+        rate: float | None = None,
+        max_rate: float | None = None,
+        margin: float | None = None,
+        untypical: bool = False,
+        budget: float | None = None,
+        samples: int | None = None,
+        risk: float | None = None,
+        deadline: float | None = None,
+        resize: bool = False,
+        fit: Fit = "pad",
+        invert: bool = False,
+        background: str | None = None,
+        certify: Certifying | None = None,
+        certify_eps: float | None = None,
+    ) -> Iterator[StreamAnswer]:
+        """Send frames for as long as there are any, and yield their answers as they come.
+
+            for answer in client.stream(camera_frames(), rate=0.1, margin=0.3):
+                match answer:
+                    case FastFrame(id=frame, prediction=seen):
+                        print(frame, "looks like", seen.class_name)
+                    case RobustFrame(id=frame, prediction=voted) if not voted.agree:
+                        print(frame, "may have been manipulated")
+
+        `frames`: each one image as for `classify`, or a `Frame`, which has an id too; otherwise answers have the
+        frame's number, from 0. They are taken in a thread of their own, as fast as the service takes them. Every frame
+        gets a FastFrame, in the order sent. Those that the service counts get a RobustFrame too, and what cannot be
+        answered a FrameError in its place. `rate`, `max_rate`, `margin`, `untypical`, `budget`: which frames are
+        counted; see docs/streams.md. `deadline`: seconds from the arrival of each frame. What is None is the service's
+        default, and the others are as for `classify`.
+
+        Raises what `classify` does before the stream begins. After that, nothing is sent again: Unavailable says that
+        the stream was cut off, or ended by the service (its `error` is then "stopping", "idle" or "failed"); send the
+        frames that were not answered over another stream. What `frames` itself raises is raised here.
+        """
+        options = _policy(rate=rate, max_rate=max_rate, margin=margin, untypical=untypical, budget=budget)
+        options |= _options(
+            samples=samples,
+            risk=risk,
+            resize=resize,
+            fit=fit,
+            invert=invert,
+            background=background,
+            certify=certify,
+            certify_eps=certify_eps,
+        )
+
+        async def talk() -> AsyncIterator[StreamAnswer]:
+            async with AsyncClient(**self._made_with) as client:
+                async for answer in client._talk(from_thread(frames), options, deadline):
+                    yield answer
+
+        return in_turns(talk)
 
     def info(self) -> Info:
         """Ask what is served, with which limits, on which device. Errors are those of `classify`.
@@ -485,6 +574,97 @@ class AsyncClient(_Calls):
         )
         return await self._run(self._fast(images, options, deadline))
 
+    async def stream(
+        self,
+        frames: AsyncIterable[Frame | Image | Any] | Iterable[Frame | Image | Any],
+        *,
+        rate: float | None = None,
+        max_rate: float | None = None,
+        margin: float | None = None,
+        untypical: bool = False,
+        budget: float | None = None,
+        samples: int | None = None,
+        risk: float | None = None,
+        deadline: float | None = None,
+        resize: bool = False,
+        fit: Fit = "pad",
+        invert: bool = False,
+        background: str | None = None,
+        certify: Certifying | None = None,
+        certify_eps: float | None = None,
+    ) -> AsyncIterator[StreamAnswer]:
+        """Send frames and yield their answers, as `Client.stream` does.
+
+            async for answer in client.stream(camera_frames()):
+                print(answer.id)
+
+        A plain iterable is taken on the event loop: give an asynchronous one if taking a frame may last.
+        """
+        options = _policy(rate=rate, max_rate=max_rate, margin=margin, untypical=untypical, budget=budget)
+        options |= _options(
+            samples=samples,
+            risk=risk,
+            resize=resize,
+            fit=fit,
+            invert=invert,
+            background=background,
+            certify=certify,
+            certify_eps=certify_eps,
+        )
+        async for answer in self._talk(frames, options, deadline):
+            yield answer
+
+    async def _talk(
+        self,
+        frames: AsyncIterable[Frame | Image | Any] | Iterable[Frame | Image | Any],
+        options: Mapping[str, object],
+        deadline: float | None,
+    ) -> AsyncIterator[StreamAnswer]:
+        call = self._stream(options, deadline)
+        response = await self._opened(call)
+        conversation = Conversation(str(response.url), call.request_id)
+        network = response.extensions["network_stream"]
+
+        async def send() -> None:
+            try:
+                async for frame in asynchronous(frames):
+                    await network.write(conversation.chunk(frame), timeout=self._timeout)
+                await network.write(END_OF_BODY, timeout=self._timeout)
+            except httpcore.NetworkError:
+                pass  # the reader tells
+            except Exception:
+                await network.aclose()  # ends the reader
+                raise
+
+        sending = asyncio.create_task(send())
+        try:
+            async for data in response.aiter_raw():
+                for answer in conversation.answers(data):
+                    yield answer
+            conversation.over()
+        except httpx.RequestError as e:
+            if sending.done() and (failure := sending.exception()):
+                raise failure from None
+            conversation.over(str(e) or type(e).__name__)
+        finally:
+            sending.cancel()
+            await asyncio.gather(sending, return_exceptions=True)
+            await response.aclose()
+
+    async def _opened(self, call: Call[StreamStart]) -> httpx.Response:
+        while True:
+            outcome: httpx.Response | httpx.RequestError
+            try:
+                outcome = await self._http.send(call.request(), stream=True)
+                if outcome.is_success:
+                    return outcome
+                await outcome.aread()
+            except httpx.RequestError as e:
+                outcome = e
+            verdict = call.judge(outcome)
+            if isinstance(verdict, float):
+                await asyncio.sleep(verdict)
+
     async def info(self) -> Info:
         """Ask what is served, as `Client.info` does.
 
@@ -558,6 +738,11 @@ def checked_url(url: str) -> str:
     if parsed.scheme not in ("http", "https") or not parsed.host:
         raise ValueError(f"{url!r} is not an http or https URL: give one such as {DEFAULT_URL}")
     return url
+
+
+def _policy(*, untypical: bool, **options: object) -> dict[str, object]:
+    """Make the query parameters of a stream's policy."""
+    return {**options, "untypical": True if untypical else None}
 
 
 def _options(*, resize: bool, fit: Fit, invert: bool, explain: bool = False, **options: object) -> dict[str, object]:

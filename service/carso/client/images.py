@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import os
+import struct
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,6 +67,36 @@ def body_of(images: Images) -> Body:
     files = [("file", (str(index), content, _type_of(content))) for index, content in enumerate(contents)]
     form = httpx.Request("POST", "http://carso", files=files)
     return Body(form.read(), form.headers["content-type"])
+
+
+def json_of(image: object) -> Any:
+    """Write one image as JSON holds it: base64, or nested numbers for an array of floating point.
+
+    An array is [H, W], [1, H, W] or [3, H, W]. Raises OSError for a file that cannot be read, TypeError, ValueError.
+    """
+    if not _is_array(image):
+        return base64.b64encode(_read(image)).decode()
+    array = cast("np.ndarray[Any, np.dtype[Any]]", image)
+    if array.dtype.kind == "f":
+        return array.tolist()
+    if array.dtype != "uint8":
+        raise TypeError(f"an array of a frame is {array.dtype}: give floating point in the bundle's range, or uint8")
+    return base64.b64encode(_png_of_pixels(array)).decode()
+
+
+def _png_of_pixels(array: np.ndarray[Any, np.dtype[Any]]) -> bytes:
+    """Encode uint8 [H, W], [1, H, W] or [3, H, W] as PNG, without filters: https://www.w3.org/TR/png-3/"""
+    pixels = array[None] if array.ndim == 2 else array
+    if pixels.ndim != 3 or len(pixels) not in (1, 3) or not pixels.size:
+        raise ValueError(f"an array of a frame has the shape {list(array.shape)}: give [H, W], [1, H, W] or [3, H, W]")
+    channels, height, width = pixels.shape
+    rows = pixels.transpose(1, 2, 0).reshape(height, width * channels)
+    head = struct.pack(">IIBBBBB", width, height, 8, 0 if channels == 1 else 2, 0, 0, 0)
+    data = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
+    chunks = ((b"IHDR", head), (b"IDAT", data), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body)) for kind, body in chunks
+    )
 
 
 def _is_array(images: object) -> bool:

@@ -148,6 +148,60 @@ class Tally(_Value):
     needed: int  # the fewest further votes that end the count, if all go to the leader; 0: it has ended
 
 
+class StreamStart(_Value):
+    """The first line of a stream: what answers, and within which bounds."""
+
+    stream: str  # the id of the request
+    bundle: BundleName
+    provider: str
+    precision: str
+    options: dict[str, Any]  # of the stream, those that were not given included
+    in_flight: int  # counted frames without their robust answer, at which the service reads no further
+    longest_line: int  # bytes
+    idle_s: float  # seconds without a frame after which the service ends the stream
+
+
+class FastFrame(_Value):
+    """What the fast path says of a frame."""
+
+    id: str | int
+    counted: bool  # whether a RobustFrame or a FrameError follows
+    prediction: FastPrediction
+    chosen: tuple[str, ...] | None = None  # what chose it: rate, load, budget, margin, untypical
+    timings: Timings | None = None
+
+
+class RobustFrame(_Value):
+    """What the robust path says of a frame."""
+
+    id: str | int
+    prediction: RobustPrediction
+    chosen: tuple[str, ...] | None = None
+    image: str | None = None  # SHA-256 of the image as the service read it
+    timings: Timings | None = None
+
+
+class FrameError(_Value):
+    """In the place of an answer; the stream goes on."""
+
+    id: str | int | None = None
+    line: int  # the number of the frame
+    path: str  # which answer it does not get: fast or robust
+    error: str  # the service's name for what is wrong
+    message: str
+    retry_after: float | None = None  # seconds
+
+
+class StreamEnd(_Value):
+    """The last line of a stream."""
+
+    end: str  # complete, stopping, idle or failed
+    message: str
+    frames: int
+    counted: int
+    request_id: str
+
+
 class InputSpec(_Value):
     """What an image has to be."""
 

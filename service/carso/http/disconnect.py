@@ -19,8 +19,10 @@ class WhileConnected:
     Enter it after the body was read to its end. It works like asyncio.timeout, with the client for a clock.
     """
 
-    def __init__(self, receive: Receive) -> None:
+    def __init__(self, receive: Receive, *, after: float = WATCH_AFTER) -> None:
+        """`after`: seconds until the client is listened for."""
         self._receive = receive
+        self._after = after
         self._watcher: asyncio.Task[None] | None = None
         self._gone = False
 
@@ -30,7 +32,7 @@ class WhileConnected:
             raise RuntimeError("WhileConnected must be used inside a task")
         self._task = task
         self._cancelling = task.cancelling()
-        self._timer = asyncio.get_running_loop().call_later(WATCH_AFTER, self._watch)
+        self._timer = asyncio.get_running_loop().call_later(self._after, self._watch)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

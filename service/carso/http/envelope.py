@@ -87,12 +87,14 @@ class Envelope:
         receive_timeout: float,
         keys: ApiKeys | None,
         keyless: Collection[str],
+        endless: Collection[str],
         endpoints: Iterable[str],
         metrics: Metrics,
         lifecycle: Lifecycle,
     ) -> None:
-        """`receive_timeout` is in seconds, for one body. The paths in `keyless` need no key. Metrics name the paths in
-        `endpoints` and count all others as one, or callers could invent labels.
+        """`receive_timeout` is in seconds, for one body. The paths in `keyless` need no key. Those in `endless` bound
+        their bodies themselves, which need not end. Metrics name the paths in `endpoints` and count all others as one,
+        or callers could invent labels.
         """
         self._app = app
         self._max_body_bytes = max_body_bytes
@@ -100,6 +102,7 @@ class Envelope:
         self._receive_timeout = receive_timeout
         self._keys = keys
         self._keyless = keyless
+        self._endless = endless
         self._endpoints = frozenset(endpoints)
         self._metrics = metrics
         self._lifecycle = lifecycle
@@ -121,7 +124,11 @@ class Envelope:
                 exchange.caller = self._keys.check(headers.get(b"authorization", b""))
                 if method == "POST":  # before the body is read, so that a caller who has used up its rate costs little
                     exchange.caller.check()
-            await self._app(scope, self._limited(receive, headers, exchange), send)
+            if path in self._endless:
+                _check_coding(headers)
+            else:
+                receive = self._limited(receive, headers, exchange)
+            await self._app(scope, receive, send)
         except Exception as e:  # whatever no handler below has turned into an answer
             known = as_request_error(e)
             exchange.error = known.name
@@ -152,7 +159,6 @@ class Envelope:
         limit = self._max_body_bytes
         length = headers.get(b"content-length", b"")
         stated = int(length) if length.isdigit() else 0
-        coding = headers.get(b"content-encoding", b"identity")
         taken = 0
         expires = asyncio.get_running_loop().time() + self._receive_timeout
         whole = False
@@ -163,10 +169,7 @@ class Envelope:
                 return await receive()
             if stated > limit:
                 raise BodyTooLarge(f"the body has {stated} bytes, at most {limit} are allowed: send several requests")
-            if coding.lower() != b"identity":
-                raise UnsupportedMediaType(
-                    f"Content-Encoding {shown(coding.decode('latin-1'))} is not supported: send the body uncompressed"
-                )
+            _check_coding(headers)
             self._bodies.hold(exchange, stated)
             try:
                 async with asyncio.timeout_at(expires):
@@ -195,6 +198,15 @@ def unread(metrics: Metrics, error: RequestError) -> bytes:
     status_line = f"HTTP/1.1 {exchange.status} {HTTPStatus(exchange.status).phrase}\r\n".encode()
     lines = b"".join(name + b": " + value + b"\r\n" for name, value in headers)
     return status_line + lines + b"\r\n" + bytes(response.body)
+
+
+def _check_coding(headers: dict[bytes, bytes]) -> None:
+    """Raise UnsupportedMediaType for a compressed body."""
+    coding = headers.get(b"content-encoding", b"identity")
+    if coding.lower() != b"identity":
+        raise UnsupportedMediaType(
+            f"Content-Encoding {shown(coding.decode('latin-1'))} is not supported: send the body uncompressed"
+        )
 
 
 def begin(request_id: bytes, traceparent: bytes) -> Exchange:

@@ -10,6 +10,8 @@ from typing import Any, cast
 from carso.http.keys import Caller
 
 _KEY = "carso.exchange"
+# Extensions of the ASGI scope, by our own protocol: calls that let a body take any time, and that cut the connection.
+UNTIMED, ABORT = "carso.untimed", "carso.abort"
 
 
 @dataclass(eq=False, slots=True, kw_only=True)

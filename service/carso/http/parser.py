@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import httptools
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from carso.errors import HeadTooLarge, MalformedRequest, RequestError
+from carso.http.exchange import ABORT, UNTIMED
 from carso.http.upgrades import SteadfastParser
 
 NOT_HTTP = "this is not an HTTP/1.1 request: use an HTTP client"
@@ -60,6 +62,8 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
 
         def on_message_begin(self) -> None:
             super().on_message_begin()
+            calls: Any = {UNTIMED: partial(self._close_after, None), ABORT: self.transport.abort}
+            self.scope["extensions"] = calls
             self._head = 0
             self._begin(receive_timeout)
 

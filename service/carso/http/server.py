@@ -137,6 +137,8 @@ class Server(uvicorn.Server):
         self._look_for_descriptors()
         if self._post is not None and not self._post.goes_on():
             self._lifecycle.draining = self.should_exit = True
+        if self._lifecycle.draining:
+            self._lifecycle.stopping.set()
         self.should_exit = self.should_exit or time.monotonic() >= self._closing_at
         return await super().on_tick(counter)
 
@@ -154,6 +156,7 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, wait for requests in flight, and end those that take too long."""
+        self._lifecycle.stopping.set()
         timer = asyncio.get_running_loop().call_later(self._timeout, self._service.abandon)
         ending = [] if self._grpc is None else [self._grpc.stop(self._timeout + 1)]  # all that can has ended by then
         await asyncio.gather(super().shutdown(sockets), *ending)

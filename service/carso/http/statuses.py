@@ -12,6 +12,7 @@ _STATUSES: dict[int, tuple[type[RequestError], ...]] = {
         errors.UndecodableBase64,
         errors.UndecodableNpy,
         errors.UndecodableMultipart,
+        errors.MalformedFrame,
         errors.MalformedRequest,
     ),
     401: (errors.Unauthorized,),

@@ -7,4 +7,5 @@ UNSAID = ("", "application/octet-stream", "application/x-www-form-urlencoded", "
 JSON = "application/json"
 NPY = "application/x-npy"
 MULTIPART = "multipart/form-data"
+NDJSON = "application/x-ndjson"  # lines of JSON, of a stream
 MEDIA_TYPES = (*IMAGE_TYPES, MULTIPART, JSON, NPY)

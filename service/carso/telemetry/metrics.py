@@ -11,11 +11,12 @@ from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 from prometheus_client.core import GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from carso.board.whole import TooManyNames, Whole
+from carso.board.whole import Part, TooManyNames, Whole
 from carso.bundle import Bundle, Disagreement
 from carso.choices import CUDA, Device, PathName, Precision
 from carso.inference.admission import Admission
 from carso.inference.jobs import Ending, Outcome, Result, Spared, Step
+from carso.inference.thinning import Choice, Reason
 from carso.telemetry.cgroup import Cgroup
 from carso.telemetry.evidence import Evidence, upper_bound
 from carso.telemetry.gpus import Gpus
@@ -136,6 +137,24 @@ class Metrics:
             for path in get_args(PathName)
             for is_certified in (False, True)
         }
+        frames = self._counter(
+            "carso_stream_frames",
+            "Answers to frames of streams: fast, robust, or an error.",
+            ["answer"],
+            registry=registry,
+        )
+        self._frames = {answer: frames.labels(answer) for answer in ("fast", "robust", "error")}
+        chosen = self._counter(
+            "carso_stream_frames_chosen",
+            "Frames by what chose them for the robust answer, and whether the budget had votes for it.",
+            ["reason", "counted"],
+            registry=registry,
+        )
+        self._chosen = {
+            (reason, counted): chosen.labels(reason, str(counted).lower())
+            for reason in get_args(Reason)
+            for counted in (False, True)
+        }
         build = Gauge(
             "carso_build_info",
             "1; the labels say what is running.",
@@ -198,15 +217,25 @@ class Metrics:
 
     def caller(self, name: str, *, status: int, rows: int) -> None:
         """Count one answer to a caller that has a key, and the rows of work that it was charged for."""
-        if self._callers is None:  # without keys, there are no such series
-            requests = self._counter(
-                "carso_caller_requests", "Requests by key.", ["caller", "status"], registry=self._counting
-            )
-            work = self._counter("carso_caller_rows", "Rows of work done, by key.", ["caller"], registry=self._counting)
-            self._callers = requests, work
-        requests, work = self._callers
+        requests, work = self._by_caller()
         requests.labels(name, status).inc()
         work.labels(name).inc(rows)
+
+    def caller_rows(self, name: str, rows: int) -> None:
+        """Count rows of work that a caller was charged for, while its request goes on."""
+        self._by_caller()[1].labels(name).inc(rows)
+
+    def watch_streams(self, open_streams: Part) -> None:
+        """Show at every scrape how many streams are open."""
+        gauge = Gauge("carso_streams", "Streams that are open.", registry=self._registry)
+        gauge.set_function(lambda: sum(open_streams.each()))
+
+    def frame(self, answer: Literal["fast", "robust", "error"], choice: Choice | None) -> None:
+        """Count an answer to a frame of a stream, and with its fast one what chose the frame."""
+        self._frames[answer].inc()
+        if answer == "fast" and choice is not None:
+            for reason in choice.why:
+                self._chosen[reason, choice.counted].inc()
 
     def cancellation(self, reason: Cancelled) -> None:
         """Count a request whose work was ended before its time."""
@@ -221,9 +250,12 @@ class Metrics:
         if path == "robust":
             stages[path, "vote"].observe(times.finished - times.first_pass_done)
 
-    def elections(self, outcomes: Iterable[Outcome], *, agree: Iterable[bool], caller: str | None) -> None:
+    def elections(
+        self, outcomes: Iterable[Outcome], *, agree: Iterable[bool], sampled: bool = True, caller: str | None
+    ) -> None:
         """Observe the elections of a finished job, and whether each agrees with the fast path.
 
+        `sampled`: False for images that were chosen for what they show, on which the paths disagree more often.
         `caller`: the name of its key; None: the service asks for none.
         """
         disagree = []
@@ -232,8 +264,9 @@ class Metrics:
             if outcome.ending == "certificate":
                 continue  # nothing was voted on: no votes to count, and no second path to agree
             self._votes.observe(outcome.votes)
-            self._agreement[agrees].inc()
-            disagree.append(not agrees)
+            if sampled:
+                self._agreement[agrees].inc()
+                disagree.append(not agrees)
         for evidence in self._evidence_of(caller):
             evidence.add_all(disagree)
 
@@ -290,6 +323,16 @@ class Metrics:
                 log.error("there is no evidence of attacks by the key of %s: %s", caller, e)
                 self._of_callers[caller] = Evidence(self._bound)  # which is not shown
         return [self._evidence, self._of_callers[caller]]
+
+    def _by_caller(self) -> tuple[Counter, Counter]:
+        """Return the counters of requests and of work by key. Without keys, there are no such series."""
+        if self._callers is None:
+            requests = self._counter(
+                "carso_caller_requests", "Requests by key.", ["caller", "status"], registry=self._counting
+            )
+            work = self._counter("carso_caller_rows", "Rows of work done, by key.", ["caller"], registry=self._counting)
+            self._callers = requests, work
+        return self._callers
 
     def _of_endpoint(self, endpoint: str, status: int) -> tuple[Counter, Histogram]:
         """Return the series themselves. They are kept: finding them by their labels takes longer than counting does."""

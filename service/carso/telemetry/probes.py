@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import asyncio
+from dataclasses import dataclass, field
 
 from carso.board.whole import State, Whole
 from carso.errors import NotReady
@@ -20,6 +21,7 @@ class Lifecycle:
 
     draining: bool = False  # the process was told to stop
     managed: bool = False  # the server is ours, which drains and bounds the time that a client has to send a request
+    stopping: asyncio.Event = field(default_factory=asyncio.Event)  # set soon after `draining`, on the event loop
 
 
 class Probes:
