@@ -40,10 +40,12 @@ from carso.images.reader import Reader
 from carso.inference.admission import QueueFull
 from carso.inference.canary import Canary
 from carso.inference.engine import Engine, EngineError
+from carso.inference.jobs import VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.processors import give_way
 from carso.inference.runtime import check_runtime
 from carso.inference.sessions import Sessions
+from carso.inference.shadow import Shadow
 from carso.options import ExplainedOptions, RobustOptions, StreamOptions, fast_options, robust_options
 from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
@@ -179,6 +181,13 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         evidence=settings.evidence,
         bounds=manifest.typical,
         untypical=settings.untypical,
+        shadow=Shadow(
+            engine,
+            share=settings.shadow,
+            plan=VotePlan(samples=manifest.samples, risk=settings.risk),
+            counted=metrics.shadowed,
+            dropped=metrics.shadow_dropped,
+        ),
         unproven=sessions.unproven,
     )
     native = Native(

@@ -75,7 +75,7 @@ def command_line(*, with_settings: bool = True) -> Any:
     for serving in (serve, demo):
         signature = inspect.Signature(_options() if with_settings else ())
         serving.__signature__ = signature  # type: ignore[attr-defined]  # PEP 362
-    for part in (serve, demo, commands.classify, commands.info, commands.bench, verification.verify):
+    for part in (serve, demo, commands.classify, commands.info, commands.bench, commands.watch, verification.verify):
         app.command()(part)
     app.add_typer(bundle_commands.group(), name="bundle")
     return app

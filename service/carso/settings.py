@@ -188,6 +188,13 @@ class Settings(BaseModel):
     certify_eps: float = _inference(
         default=DEFAULT_EPS, ge=LEAST_EPS, le=1, description="Default eps of a proof, in units of the values of images."
     )
+    shadow: float = _inference(
+        default=0,
+        ge=0,
+        le=1,
+        description="Share of the images of /classify/fast that the robust path counts too, while the engine is idle "
+        "and for the metrics only: it shows whether the paths agree on this traffic. At most 64 images wait for it.",
+    )
     max_samples: int = _limit(
         default=10_000, ge=1, le=100_000, description="Most votes that a caller may ask for, per image."
     )

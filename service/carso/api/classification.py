@@ -23,6 +23,7 @@ from carso.inference import explanation
 from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineStopped
 from carso.inference.jobs import Certify, Job, News, Result, VotePlan
+from carso.inference.shadow import Shadow
 from carso.options import FastOptions, RobustOptions
 from carso.telemetry.metrics import Metrics
 
@@ -50,6 +51,7 @@ class Classification:
         evidence: Evidence,
         bounds: Typical | None,
         untypical: Untypical,
+        shadow: Shadow,
         unproven: str | None = None,
     ) -> None:
         """`trace` is called with every finished job. `evidence`: "label" withholds tallies, scores and timings.
@@ -65,6 +67,7 @@ class Classification:
         self._bounds = bounds
         self._refuses_untypical = untypical == "refuse"
         self._unproven = unproven
+        self._shadow = shadow
 
     def check(self, path: PathName) -> None:
         """Raise QueueFull if not even one image fits: before a body is read, so that a full queue costs no more."""
@@ -78,8 +81,12 @@ class Classification:
             raise CannotCertify(f"certify: {options.certify} is not possible here: {self._unproven}")
         return Certify(options.certify, options.certify_eps)
 
-    async def fast(self, request: Request, images: np.ndarray, options: FastOptions, *, decode: float) -> Classified:
+    async def fast(
+        self, request: Request, images: np.ndarray, options: FastOptions, *, decode: float, shadowed: bool = True
+    ) -> Classified:
         """Answer with the first pass of `images` [n, *shape] float32, which took `decode` seconds to decode.
+
+        `shadowed`: some of them may be counted later, for what the metrics say and for nobody else.
 
         Raises CannotCertify, UntypicalImage, QueueFull, ClientGone, and the engine's errors.
         """
@@ -88,6 +95,9 @@ class Classification:
         self._metrics.result("fast", result, decode=decode)
         timings = answers.fast_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
         predictions = answers.fast_predictions(result, self._classes, self._bounds)
+        if shadowed:
+            caller = None if exchange.caller is None else exchange.caller.name
+            self._shadow.offer(images, [prediction["label"] for prediction in predictions], caller=caller)
         return self._told(exchange, "fast", result, predictions, timings)
 
     async def robust(

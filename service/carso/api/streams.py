@@ -258,7 +258,9 @@ class Stream:
                 raise frame.fault
             images = await self._answering.intake.read([frame.source], self._options, size=len(line), receive=_silent)
             decode = time.monotonic() - began
-            classified = await self._answering.classification.fast(request, images, self._options, decode=decode)
+            classified = await self._answering.classification.fast(
+                request, images, self._options, decode=decode, shadowed=False
+            )
         except Exception as e:
             await self._refuse(e, frame_id, number, "fast")
             return

@@ -11,9 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TextIO
 
 import typer
 
@@ -21,7 +21,7 @@ from carso.choices import Certifying, Fit
 from carso.client import DEFAULT_URL
 
 if TYPE_CHECKING:
-    from carso import FastResult, Images, Info, RobustResult
+    from carso import FastResult, Images, Info, RobustResult, StreamAnswer
     from carso.client.tables import Prediction
 
 FAILED = 1
@@ -296,6 +296,96 @@ def bench(
     else:
         tables.print_table(("", ""), [(name, tables.flat(value)) for name, value in summary.items()])
     if not measured.latencies:
+        raise typer.Exit(FAILED)
+
+
+def watch(
+    source: Annotated[
+        str,
+        typer.Argument(metavar="SOURCE", help="A folder, or a list of files; - is one on standard input."),
+    ],
+    *,
+    rate: Annotated[float | None, typer.Option(min=0, max=1, help="Chance that a frame is voted on.")] = None,
+    max_rate: Annotated[
+        float | None, typer.Option(min=0, max=1, help="What that chance rises to while the service is idle.")
+    ] = None,
+    margin: Annotated[
+        float | None, typer.Option(min=0, max=1, help="Vote on frames whose two best classes differ by less.")
+    ] = None,
+    untypical: Annotated[bool, typer.Option("--untypical", help="Vote on frames unlike the bundle's.")] = False,
+    budget: Annotated[float | None, typer.Option(min=1, help="Votes per second, at most.")] = None,
+    samples: Samples = None,
+    risk: Risk = None,
+    deadline: Annotated[float | None, typer.Option(help="Seconds for each vote.")] = None,
+    resize: Annotated[bool, typer.Option("--resize", help="Scale encoded images of another size.")] = False,
+    fit: Annotated[
+        Fit, typer.Option(help="With --resize: keep proportions and pad, or stretch to the bundle's.")
+    ] = "pad",
+    invert: Annotated[bool, typer.Option("--invert", help="Invert the values, as for dark ink on white.")] = False,
+    background: Annotated[
+        str | None, typer.Option(help="What transparent pixels show: white, black or a colour as RRGGBB.")
+    ] = None,
+    every: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at a folder.")] = 0.5,
+    output: Annotated[Path | None, typer.Option(help="Append the lines to this file instead of printing them.")] = None,
+    url: Url = DEFAULT_URL,
+) -> None:
+    """Send images over a stream as they appear, and print a line of JSON for each answer.
+
+    A folder is watched until Ctrl-C; a list ends. Every image gets the fast answer, and those that the policy chooses
+    the robust one too. A file that cannot be read or is refused does not stop the others. If the connection breaks, it
+    is made again, and no image that was read is lost; some may be answered twice.
+    """
+    import asyncio
+    import json
+
+    from carso import AsyncClient, FrameError
+    from carso.client.watching import Watch, files_of
+
+    if source != str(STANDARD_INPUT) and not Path(source).exists():
+        raise typer.BadParameter(f"{source!r} is neither a folder nor a file that lists images, nor -")
+    failed = False
+
+    async def run(lines: TextIO) -> None:
+        def tell(file: Path, answer: StreamAnswer | OSError) -> None:
+            nonlocal failed
+            if isinstance(answer, OSError):
+                content = {"error": "unreadable_file", "message": answer.strerror or str(answer)}
+            else:
+                content = answer.model_dump(mode="json", exclude_unset=True, exclude={"id", "line"})
+            failed |= isinstance(answer, OSError | FrameError)
+            lines.write(json.dumps({"file": str(file), **content}) + "\n")
+            lines.flush()
+
+        async with AsyncClient(url) as client:
+            await Watch(
+                client,
+                files_of(source, every=every),
+                tell=tell,
+                complain=_complain,
+                rate=rate,
+                max_rate=max_rate,
+                margin=margin,
+                untypical=untypical,
+                budget=budget,
+                samples=samples,
+                risk=risk,
+                deadline=deadline,
+                resize=resize,
+                fit=fit,
+                invert=invert,
+                background=background,
+            ).run()
+
+    with (
+        _reported(),
+        suppress(KeyboardInterrupt),
+        nullcontext(sys.stdout) if output is None else output.open("a", encoding="utf-8") as lines,
+    ):
+        try:
+            asyncio.run(run(lines))
+        except ExceptionGroup as e:  # of what ran side by side, one has failed
+            raise e.exceptions[0] from None
+    if failed:
         raise typer.Exit(FAILED)
 
 

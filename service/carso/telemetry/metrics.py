@@ -137,6 +137,13 @@ class Metrics:
             for path in get_args(PathName)
             for is_certified in (False, True)
         }
+        shadow = self._counter(
+            "carso_shadow_images",
+            "Images of the fast path that were drawn to be counted while the engine is idle, by what came of it.",
+            ["outcome"],
+            registry=registry,
+        )
+        self._shadow = {outcome: shadow.labels(outcome) for outcome in ("agree", "disagree", "dropped")}
         frames = self._counter(
             "carso_stream_frames",
             "Answers to frames of streams: fast, robust, or an error.",
@@ -236,6 +243,15 @@ class Metrics:
         if answer == "fast" and choice is not None:
             for reason in choice.why:
                 self._chosen[reason, choice.counted].inc()
+
+    def shadowed(self, outcome: Outcome, agrees: bool, caller: str | None) -> None:
+        """Observe the count of an image that only asked for the fast path."""
+        self._shadow["agree" if agrees else "disagree"].inc()
+        self.elections([outcome], agree=[agrees], caller=caller)
+
+    def shadow_dropped(self) -> None:
+        """Count such an image that was drawn and could not be counted."""
+        self._shadow["dropped"].inc()
 
     def cancellation(self, reason: Cancelled) -> None:
         """Count a request whose work was ended before its time."""
