@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 from tests.bundles import SMALL, random_images, shared_bundle
 from tests.calls import as_npy, refused, sample
+from tests.duplex import streaming
 from tests.server import Server, serving
 from tests.test_certificate import without_bounds
 from tests.test_settings import start
@@ -157,6 +158,17 @@ def test_the_open_inference_protocol_has_a_proof_as_tensors(client, proven, mode
     assert not any(next(output["data"] for output in plain if output["name"] == "certified_eps"))
 
 
+def test_both_answers_to_a_frame_of_a_stream_say_what_is_proven(server, proven):
+    one_of_each = IMAGES[proven.argmax()], IMAGES[proven.argmin()]
+    with streaming(server, rate=1, certify="decide", certify_eps=EPS) as stream:
+        for image, decided_by in zip(one_of_each, ("certificate", "vote"), strict=True):
+            stream.send(image.tolist())
+            fast, robust = stream.line()["prediction"], stream.line()["prediction"]
+            assert robust["decided_by"] == decided_by
+            assert [found["certified"] is not None for found in (fast, robust)] == 2 * [decided_by == "certificate"]
+            assert (robust["votes"] == 0) == (decided_by == "certificate")
+
+
 # --- the client and the commands --------------------------------------------------------------------------------------
 
 
@@ -251,6 +263,7 @@ def test_an_older_bundle_answers_as_ever_and_refuses_proofs_with_the_way_to_get_
         assert f"add it with `carso-train bounds {folder}`" in message
     info = client.get("/info").json()
     assert not info["certifies"] and info["certificate"].startswith("None can be given: bundle random has no ")
+    refused(client.post("/classify/stream", params={"certify": "report"}), 422, "cannot_certify")
     outputs = client.get("/v2/models/random").json()["outputs"]
     assert not [output for output in outputs if output["name"].startswith("certified")]
     with Client(str(client.base_url)) as connected, pytest.raises(RequestRefused, match="cannot_certify"):

@@ -87,12 +87,12 @@ async def test_a_share_of_the_images_is_drawn(tmp_path):
         draw=lambda: next(draws),
     )
     images = random_images(5)
-    watching.offer(images, [-1] * 5, caller="camera")
+    watching.offer(images, [-1] * 5, "camera")
     await watching._task
     assert found == [(False, "camera")] * 2
-    watching.offer(np.empty((0, *images.shape[1:]), np.float32), [], caller=None)
+    watching.offer(np.empty((0, *images.shape[1:]), np.float32), [], None)
     await engine.stop()
     watching._draw = lambda: 0.0
-    watching.offer(images[:1], [0], caller=None)  # an engine that has ended takes nothing, and nothing is raised
+    watching.offer(images[:1], [0], None)  # an engine that has ended takes nothing, and nothing is raised
     await watching._task
     assert len(found) == 2

@@ -187,7 +187,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             plan=VotePlan(samples=manifest.samples, risk=settings.risk),
             counted=metrics.shadowed,
             dropped=metrics.shadow_dropped,
-        ),
+        ).offer,
         unproven=sessions.unproven,
     )
     native = Native(

@@ -6,7 +6,7 @@ Every API of the service ends here. Each reads its own requests and writes its o
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,6 @@ from carso.inference import explanation
 from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineStopped
 from carso.inference.jobs import Certify, Job, News, Result, VotePlan
-from carso.inference.shadow import Shadow
 from carso.options import FastOptions, RobustOptions
 from carso.telemetry.metrics import Metrics
 
@@ -51,12 +50,13 @@ class Classification:
         evidence: Evidence,
         bounds: Typical | None,
         untypical: Untypical,
-        shadow: Shadow,
+        shadow: Callable[[np.ndarray, Sequence[int], str | None], None],
         unproven: str | None = None,
     ) -> None:
         """`trace` is called with every finished job. `evidence`: "label" withholds tallies, scores and timings.
-        `bounds`: the thresholds of typical images; None: the bundle has none. `unproven`: why nothing can be proven;
-        None: it can.
+        `bounds`: the thresholds of typical images; None: the bundle has none. `shadow` is called with the images of the
+        fast path, their labels, and the name of the caller's key, if any. `unproven`: why nothing can be proven; None:
+        it can.
         """
         self._engine = engine
         self._metrics = metrics
@@ -97,7 +97,7 @@ class Classification:
         predictions = answers.fast_predictions(result, self._classes, self._bounds)
         if shadowed:
             caller = None if exchange.caller is None else exchange.caller.name
-            self._shadow.offer(images, [prediction["label"] for prediction in predictions], caller=caller)
+            self._shadow(images, [prediction["label"] for prediction in predictions], caller)
         return self._told(exchange, "fast", result, predictions, timings)
 
     async def robust(

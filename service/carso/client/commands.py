@@ -46,6 +46,20 @@ Risk = Annotated[
     float | None,
     typer.Option(min=0, max=0.5, help="Chance that early stopping changes the outcome; 0: count until it is certain."),
 ]
+Resize = Annotated[bool, typer.Option("--resize", help="Scale encoded images of another size.")]
+Fitting = Annotated[Fit, typer.Option(help="With --resize: keep proportions and pad, or stretch to the bundle's.")]
+Invert = Annotated[bool, typer.Option("--invert", help="Invert the values, as for dark ink on white.")]
+Background = Annotated[
+    str | None, typer.Option(help="What transparent pixels show: white, black or a colour as RRGGBB.")
+]
+Certify = Annotated[
+    Certifying | None,
+    typer.Option(
+        help="What to prove: that all images within an eps get the same label from the first pass. report: at "
+        "--certify-eps. max: at the largest eps. decide: a proven label needs no vote."
+    ),
+]
+CertifyEps = Annotated[float | None, typer.Option(help="The eps of --certify.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -60,28 +74,18 @@ def classify(
     risk: Risk = None,
     seed: Annotated[int | None, typer.Option(min=0, max=2**53 - 1, help="Seed of the latents.")] = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds for each file, retries included.")] = None,
-    resize: Annotated[bool, typer.Option("--resize", help="Scale encoded images of another size.")] = False,
-    fit: Annotated[
-        Fit, typer.Option(help="With --resize: keep proportions and pad, or stretch to the bundle's.")
-    ] = "pad",
-    invert: Annotated[bool, typer.Option("--invert", help="Invert the values, as for dark ink on white.")] = False,
-    background: Annotated[
-        str | None, typer.Option(help="What transparent pixels show: white, black or a colour as RRGGBB.")
-    ] = None,
+    resize: Resize = False,
+    fit: Fitting = "pad",
+    invert: Invert = False,
+    background: Background = None,
     explain: Annotated[
         Path | None,
         typer.Option(
             metavar="DIR", help="Write a picture of each image's vote into this folder, and show it if possible."
         ),
     ] = None,
-    certify: Annotated[
-        Certifying | None,
-        typer.Option(
-            help="What to prove: that all images within an eps get the same label from the first pass. report: at "
-            "--certify-eps. max: at the largest eps. decide: a proven label needs no vote."
-        ),
-    ] = None,
-    certify_eps: Annotated[float | None, typer.Option(help="The eps of --certify.")] = None,
+    certify: Certify = None,
+    certify_eps: CertifyEps = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
 ) -> None:
@@ -317,14 +321,12 @@ def watch(
     samples: Samples = None,
     risk: Risk = None,
     deadline: Annotated[float | None, typer.Option(help="Seconds for each vote.")] = None,
-    resize: Annotated[bool, typer.Option("--resize", help="Scale encoded images of another size.")] = False,
-    fit: Annotated[
-        Fit, typer.Option(help="With --resize: keep proportions and pad, or stretch to the bundle's.")
-    ] = "pad",
-    invert: Annotated[bool, typer.Option("--invert", help="Invert the values, as for dark ink on white.")] = False,
-    background: Annotated[
-        str | None, typer.Option(help="What transparent pixels show: white, black or a colour as RRGGBB.")
-    ] = None,
+    resize: Resize = False,
+    fit: Fitting = "pad",
+    invert: Invert = False,
+    background: Background = None,
+    certify: Certify = None,
+    certify_eps: CertifyEps = None,
     every: Annotated[float, typer.Option(min=0.01, help="Seconds between two looks at a folder.")] = 0.5,
     output: Annotated[Path | None, typer.Option(help="Append the lines to this file instead of printing them.")] = None,
     url: Url = DEFAULT_URL,
@@ -374,6 +376,8 @@ def watch(
                 fit=fit,
                 invert=invert,
                 background=background,
+                certify=certify,
+                certify_eps=certify_eps,
             ).run()
 
     with (

@@ -49,7 +49,7 @@ class Shadow:
         self._waiting: deque[tuple[np.ndarray, int, str | None]] = deque()
         self._task: asyncio.Task[None] | None = None
 
-    def offer(self, images: np.ndarray, labels: Sequence[int], *, caller: str | None) -> None:
+    def offer(self, images: np.ndarray, labels: Sequence[int], caller: str | None) -> None:
         """Draw from images [n, *shape] float32 that the fast path gave `labels`. Call this on the event loop."""
         if not self._share:
             return
