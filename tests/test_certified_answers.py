@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import httpx
 import numpy as np
 import pytest
-from carso import Client, RequestRefused
+from carso import Client, FastFrame, RequestRefused, RobustFrame
 from carso.api.answers import FastPrediction, RobustPrediction
 from carso.bundle import Bundle
 from carso.command import command_line
@@ -145,6 +145,14 @@ def test_the_metrics_count_what_is_proven_and_no_agreement_that_nobody_voted_on(
     assert (certified - before[0], agreed - before[1]) == (proven.sum(), 0)
 
 
+def test_proven_images_are_no_evidence_of_an_attack(client, proven):
+    """They lower it: the rest of the clean images disagree more often than all of them."""
+    ask(client, "/classify", IMAGES[proven], certify="decide", certify_eps=EPS)
+    before = value(client, "carso_attack_evidence")
+    ask(client, "/classify", IMAGES[proven], certify="decide", certify_eps=EPS)
+    assert value(client, "carso_attack_evidence") < before
+
+
 @pytest.mark.parametrize("model", ["random", "random-fast"])
 def test_the_open_inference_protocol_has_a_proof_as_tensors(client, proven, model):
     tensor = {"name": "images", "datatype": "FP32", "shape": list(IMAGES.shape), "data": IMAGES.ravel().tolist()}
@@ -167,6 +175,17 @@ def test_both_answers_to_a_frame_of_a_stream_say_what_is_proven(server, proven):
             assert robust["decided_by"] == decided_by
             assert [found["certified"] is not None for found in (fast, robust)] == 2 * [decided_by == "certificate"]
             assert (robust["votes"] == 0) == (decided_by == "certificate")
+
+
+@pytest.mark.parametrize(("mode", "eps"), [("report", EPS), ("decide", EPS), ("max", 1)])
+def test_a_stream_may_look_twice_at_what_is_not_proven_at_its_eps_and_at_nothing_else(server, proven, mode, eps):
+    doubtful = ~proven | (eps == 1)  # nothing is proven so far
+    with Client(server.url) as client:
+        answers = list(client.stream(IMAGES, rate=0, uncertified=True, certify=mode, certify_eps=eps))
+    fast = {answer.id: answer for answer in answers if isinstance(answer, FastFrame)}
+    assert [answer.counted for answer in fast.values()] == doubtful.tolist()
+    assert {answer.id for answer in answers if isinstance(answer, RobustFrame)} == set(np.flatnonzero(doubtful))
+    assert {answer.chosen for answer in fast.values() if answer.counted} == {("uncertified",)}
 
 
 # --- the client and the commands --------------------------------------------------------------------------------------

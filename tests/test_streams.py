@@ -159,6 +159,7 @@ def test_images_are_resized_if_the_stream_asks_for_it(server):
         ({"seed": 1}, "unknown_parameter", "'seed' is not an option of this endpoint"),
         ({"samples": 10**6}, "invalid_parameter", "samples"),
         ({"untypical": "true"}, "invalid_parameter", "CARSO_TYPICAL=all"),
+        ({"uncertified": "true"}, "invalid_parameter", "give certify=report too"),
     ],
 )
 def test_options_that_cannot_be_are_refused_before_the_stream_begins(client, options, error, told):

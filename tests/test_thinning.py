@@ -105,6 +105,14 @@ def test_an_untypical_frame_is_chosen_and_one_that_nobody_looked_at_is_not():
     assert thinning(rate=0).choose(margin=1, typical=False, load=0).why == ()
 
 
+def test_a_frame_that_is_not_proven_is_chosen_and_one_of_which_nobody_asked_is_not():
+    frames = thinning(uncertified=True)
+    assert frames.choose(**CERTAIN, certified=False, load=0).why == ("uncertified",)
+    assert frames.choose(**CERTAIN, certified=True, load=0).why == ()
+    assert frames.choose(**CERTAIN, certified=None, load=0).why == ()
+    assert thinning(rate=0).choose(**CERTAIN, certified=False, load=0).why == ()
+
+
 def test_a_choice_says_all_that_chose_the_frame_and_whether_a_draw_was_among_it():
     frames = thinning([0.0, 0.9], rate=0.5, margin=0.3, untypical=True)
     first = frames.choose(margin=0.1, typical=False, load=0)

@@ -119,6 +119,10 @@ class StreamOptions(FastOptions):
         description="Frames that are not like the images that the bundle knows get the robust answer too. It needs a "
         "service that looks at this on the fast path (CARSO_TYPICAL=all).",
     )
+    uncertified: bool = Field(
+        default=False,
+        description="Frames of which nothing is proven at `certify_eps` get the robust answer too. It needs `certify`.",
+    )
     budget: float | None = Field(
         default=None,
         ge=1,

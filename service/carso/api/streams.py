@@ -129,6 +129,10 @@ class Streams:
                 "untypical: True is not allowed here, where the fast path does not look at it: leave it out, or ask "
                 "the operator for CARSO_TYPICAL=all and a bundle that can tell"
             )
+        if options.uncertified and options.certify == "off":
+            raise InvalidParameter(
+                "uncertified: True is not allowed with certify=off, which proves nothing: give certify=report too"
+            )
         most = options.max_rate
         if most is None:
             most = options.rate if options.budget is None else 1.0
@@ -139,6 +143,7 @@ class Streams:
             max_rate=most,
             margin=options.margin,
             untypical=options.untypical,
+            uncertified=options.uncertified,
             budget=options.budget,
         )
 
@@ -279,8 +284,16 @@ class Stream:
         return self._thinning.choose(
             margin=first - second,
             typical=classified.predictions[0].get("typical"),
+            certified=self._certified(classified),
             load=min(1.0, self._answering.wait() / BUSY),
         )
+
+    def _certified(self, classified: Classified) -> bool | None:
+        """Tell whether a frame is proven at the eps of the stream, or a larger one; None: nobody asked."""
+        if classified.result.certificates is None:
+            return None
+        (found,) = classified.result.certificates
+        return found is not None and found.eps >= self._options.certify_eps
 
     async def _count(
         self, request: Request, frame: Frame, number: int, images: np.ndarray, choice: Choice, *, decode: float

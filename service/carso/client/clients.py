@@ -313,6 +313,7 @@ class Client(_Calls):
         max_rate: float | None = None,
         margin: float | None = None,
         untypical: bool = False,
+        uncertified: bool = False,
         budget: float | None = None,
         samples: int | None = None,
         risk: float | None = None,
@@ -336,15 +337,17 @@ class Client(_Calls):
         `frames`: each one image as for `classify`, or a `Frame`, which has an id too; otherwise answers have the
         frame's number, from 0. They are taken in a thread of their own, as fast as the service takes them. Every frame
         gets a FastFrame, in the order sent. Those that the service counts get a RobustFrame too, and what cannot be
-        answered a FrameError in its place. `rate`, `max_rate`, `margin`, `untypical`, `budget`: which frames are
-        counted; see docs/streams.md. `deadline`: seconds from the arrival of each frame. What is None is the service's
-        default, and the others are as for `classify`.
+        answered a FrameError in its place. `rate`, `max_rate`, `margin`, `untypical`, `uncertified`, `budget`: which
+        frames are counted; see docs/streams.md. `deadline`: seconds from the arrival of each frame. What is None is the
+        service's default, and the others are as for `classify`.
 
         Raises what `classify` does before the stream begins. After that, nothing is sent again: Unavailable says that
         the stream was cut off, or ended by the service (its `error` is then "stopping", "idle" or "failed"); send the
         frames that were not answered over another stream. What `frames` itself raises is raised here.
         """
-        options = _policy(rate=rate, max_rate=max_rate, margin=margin, untypical=untypical, budget=budget)
+        options = _policy(
+            rate=rate, max_rate=max_rate, margin=margin, untypical=untypical, uncertified=uncertified, budget=budget
+        )
         options |= _options(
             samples=samples,
             risk=risk,
@@ -582,6 +585,7 @@ class AsyncClient(_Calls):
         max_rate: float | None = None,
         margin: float | None = None,
         untypical: bool = False,
+        uncertified: bool = False,
         budget: float | None = None,
         samples: int | None = None,
         risk: float | None = None,
@@ -600,7 +604,9 @@ class AsyncClient(_Calls):
 
         A plain iterable is taken on the event loop: give an asynchronous one if taking a frame may last.
         """
-        options = _policy(rate=rate, max_rate=max_rate, margin=margin, untypical=untypical, budget=budget)
+        options = _policy(
+            rate=rate, max_rate=max_rate, margin=margin, untypical=untypical, uncertified=uncertified, budget=budget
+        )
         options |= _options(
             samples=samples,
             risk=risk,
@@ -740,9 +746,9 @@ def checked_url(url: str) -> str:
     return url
 
 
-def _policy(*, untypical: bool, **options: object) -> dict[str, object]:
+def _policy(*, untypical: bool, uncertified: bool, **options: object) -> dict[str, object]:
     """Make the query parameters of a stream's policy."""
-    return {**options, "untypical": True if untypical else None}
+    return {**options, "untypical": True if untypical else None, "uncertified": True if uncertified else None}
 
 
 def _options(*, resize: bool, fit: Fit, invert: bool, explain: bool = False, **options: object) -> dict[str, object]:

@@ -317,6 +317,9 @@ def watch(
         float | None, typer.Option(min=0, max=1, help="Vote on frames whose two best classes differ by less.")
     ] = None,
     untypical: Annotated[bool, typer.Option("--untypical", help="Vote on frames unlike the bundle's.")] = False,
+    uncertified: Annotated[
+        bool, typer.Option("--uncertified", help="Vote on frames that are not proven; with --certify.")
+    ] = False,
     budget: Annotated[float | None, typer.Option(min=1, help="Votes per second, at most.")] = None,
     samples: Samples = None,
     risk: Risk = None,
@@ -368,6 +371,7 @@ def watch(
                 max_rate=max_rate,
                 margin=margin,
                 untypical=untypical,
+                uncertified=uncertified,
                 budget=budget,
                 samples=samples,
                 risk=risk,

@@ -167,7 +167,7 @@ class FastFrame(_Value):
     id: str | int
     counted: bool  # whether a RobustFrame or a FrameError follows
     prediction: FastPrediction
-    chosen: tuple[str, ...] | None = None  # what chose it: rate, load, budget, margin, untypical
+    chosen: tuple[str, ...] | None = None  # what chose it: rate, load, budget, margin, untypical, uncertified
     timings: Timings | None = None
 
 

@@ -7,14 +7,15 @@ Every frame of a stream has its first pass, which is cheap. A policy then choose
     budget     the same draw, where the budget has votes to spare: likewise
     margin     the two most probable classes of the first pass differ by less than `margin`
     untypical  the frame is not like the images that the bundle knows
+    uncertified  it is not proven that the label of the first pass is the same all round the frame
 
 **Promise.** Let a frame come while the budget, if there is one, is not spent. Then the chance that it is drawn is at
 least `rate` and at most `max_rate`, given everything that happened before, all earlier answers included. The draws are
 independent and come from the operating system, so nobody can time an attack between them. What the caller sends and
 what the load is move the chance between the two bounds, and not beyond.
 
-A budget caps all policies, and whoever sends frames that look uncertain could spend it on them. So `margin` and
-`untypical` choose no frame while the budget is less than half full: the rest is for the draw.
+A budget caps all policies, and whoever sends frames that look uncertain could spend it on them. So `margin`,
+`untypical` and `uncertified` choose no frame while the budget is less than half full: the rest is for the draw.
 
 Only the drawn frames are a fair sample of the stream. On the others the two paths disagree more often than on clean
 traffic, because of how they were chosen, so they are no evidence of an attack (``carso.telemetry.evidence``).
@@ -28,11 +29,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
-Reason = Literal["rate", "load", "budget", "margin", "untypical"]
+Reason = Literal["rate", "load", "budget", "margin", "untypical", "uncertified"]
 
 DRAWN: frozenset[Reason] = frozenset(("rate", "load", "budget"))  # reasons that do not depend on what a frame shows
 SAVED_UP = 10.0  # seconds: how long the votes of a quiet stream are saved up, as for the rows of API keys
-RESERVED = 0.5  # of a full budget: what margin and untypical leave for the draw
+RESERVED = 0.5  # of a full budget: what the policies that look at a frame leave for the draw
 FIRST_GUESS = 64.0  # votes that a frame is taken to need before one was counted; clean MNIST images take 13
 FADE = 0.9  # of what is remembered of the votes per frame, per counted frame
 _BITS = 53  # of a draw: as many as a float in [0, 1) holds
@@ -46,6 +47,7 @@ class Policy:
     max_rate: float  # the chance of a draw if there is time, and votes, to spare; in [rate, 1]
     margin: float = 0.0  # in [0, 1]; 0: no frame is chosen for its margin
     untypical: bool = False
+    uncertified: bool = False
     budget: float | None = None  # votes per second, > 0; None: as many as the policies choose
 
     def __post_init__(self) -> None:
@@ -116,11 +118,11 @@ class Thinning:
         self._budget = None if policy.budget is None else Budget(policy.budget, clock=clock)
         self._guess = FIRST_GUESS  # votes that the next frame will need
 
-    def choose(self, *, margin: float, typical: bool | None, load: float) -> Choice:
+    def choose(self, *, margin: float, typical: bool | None, certified: bool | None = None, load: float) -> Choice:
         """Choose or pass over a frame. `settle` must follow if it is counted.
 
-        `margin`: between the two most probable classes, in [0, 1]. `typical`: None if nobody looked. `load`: of the
-        engine, from 0 (idle) to 1 (busy).
+        `margin`: between the two most probable classes, in [0, 1]. `typical`, `certified`: None if nobody looked.
+        `load`: of the engine, from 0 (idle) to 1 (busy).
         """
         policy = self._policy
         level = 1.0 if self._budget is None else self._budget.level
@@ -136,6 +138,8 @@ class Thinning:
             why.append("margin")
         if policy.untypical and typical is False:
             why.append("untypical")
+        if policy.uncertified and certified is False:
+            why.append("uncertified")
         if not why:
             return Choice(())
         if self._budget is None:

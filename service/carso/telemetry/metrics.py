@@ -277,8 +277,12 @@ class Metrics:
         disagree = []
         for outcome, agrees in zip(outcomes, agree, strict=True):
             self._elections[outcome.ending].inc()
-            if outcome.ending == "certificate":
-                continue  # nothing was voted on: no votes to count, and no second path to agree
+            if outcome.ending == "certificate":  # nothing was voted on: no votes to count, and no second path to agree
+                if (
+                    sampled
+                ):  # but the evidence needs it: without the proven images, clean ones would disagree more often
+                    disagree.append(False)
+                continue
             self._votes.observe(outcome.votes)
             if sampled:
                 self._agreement[agrees].inc()
