@@ -211,6 +211,8 @@ def _presets() -> dict[str, Recipe]:
     adamw = {"batch_size": 512, "warmup": 0.15, "averaging": 0.998, "optimizer": "adamw"}
     muon = adamw | {"peak_lr": 3e-3, "optimizer": "muon"}
     strong = ((0.20, 0.15), (0.36, 0.85))
+    # A longer average would mix the weights of several epochs, and in so few epochs these move too far for that
+    short = muon | {"averaging": 0.95, "weight_decay": 1e-4}
     conv = {
         "name": "mnist-conv",
         "validation_images": 3000,
@@ -221,9 +223,8 @@ def _presets() -> dict[str, Recipe]:
         "robust_training": RobustTraining(eps=strong, rise=0.2),
         "foreseen": {CLEAN.name: 1.0, "fgsm-0.30": 1.0},  # of the purifier's first training, which hardening follows
         "purification": Schedule(epochs=4, peak_lr=2e-3, **adamw),
-        # A longer average would mix the weights of several epochs, and in seven epochs these move too far for that
         "hardening": Hardening(
-            schedule=Schedule(epochs=7, weight_decay=1e-4, **muon | {"averaging": 0.95}),
+            schedule=Schedule(epochs=7, **short),
             eps=strong,
             train_first_pass=False,
         ),
@@ -238,7 +239,7 @@ def _presets() -> dict[str, Recipe]:
         "certified_training": CertifiedTraining(),
         # In so few steps, a longer average would be of weights that know nothing yet
         "purification": Schedule(epochs=8, peak_lr=2e-3, **adamw | {"averaging": 0.95}),
-        "hardening": None,
+        "hardening": conv["hardening"].model_copy(update={"schedule": Schedule(epochs=5, **short)}),
     }
     quick = {
         "name": "mnist-fcn-quick",
