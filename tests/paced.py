@@ -93,15 +93,16 @@ def _paced(vote: Vote, speed: str, *, per_second: float, failing: bool) -> Vote:
 def _no_latents_for_free_votes() -> None:
     """Let one ballot hold as many votes as an election needs, and draw no latents for those that are free."""
     from carso.inference import vote
-    from carso.inference.latents import Latents
+    from carso.inference.latents import Stream
 
     vote.LARGEST_BALLOT = 10**6
-    draw = Latents.draw
+    draw = Stream.draw
 
-    def drawn(self: Latents, stream: Any, out: np.ndarray) -> Any:
-        return stream if len(out) >= FREE else draw(self, stream, out)
+    def drawn(self: Stream, out: np.ndarray) -> None:
+        if len(out) < FREE:
+            draw(self, out)
 
-    Latents.draw = drawn  # type: ignore[method-assign]
+    Stream.draw = drawn  # type: ignore[method-assign]
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from carso.bundle import Bundle
 from carso.client.terminals import shown
 from carso.command import command_line
 from carso.inference import explanation
-from carso.inference.latents import Latents, stream
+from carso.inference.latents import Stream
 from carso.inference.sessions import Sessions
 from carso.options import MAX_EXPLAINED
 from PIL import Image
@@ -51,7 +51,7 @@ def test_an_explanation_shows_what_the_votes_were_cast_on(client):
         told = found["explanation"]
         averaged = min(found["votes"], explanation.AVERAGED)
         latents = np.empty((averaged, SMALL.purifier.latent), np.float32)
-        Latents().draw(stream(7), out=latents)
+        Stream(7).draw(out=latents)
         rows = np.zeros(averaged, np.int64)
         purified = sessions.purify(code[None], rows, latents)
         votes = sessions.vote(code[None], rows, latents).tolist()

@@ -495,6 +495,6 @@ def test_all_that_a_job_owes_is_settled_once_however_it_leaves(sessions, samples
     steps = [pipeline.first_passes()]
     ticket.cancelled = leaves.startswith("cancelled")
     steps += run(pipeline)
-    assert sum((step.settled for step in steps), Counter()) == {"robust": job.rows, "fast": fast.rows}
+    assert sum((Counter(step.settled) for step in steps), Counter()) == {"robust": job.rows, "fast": fast.rows}
     voted = sum(step.rows for step in steps)
     assert sum(sum(step.spared.values()) for step in steps) == len(IMAGES) * samples - voted

@@ -162,10 +162,10 @@ def _first_votes(sessions: Any, image: np.ndarray, seed: int, votes: int, latent
     """Return the tally of an image's first `votes` votes."""
     import numpy as np
 
-    from carso.inference.latents import Latents, stream
+    from carso.inference.latents import Stream
 
     latents = np.empty((votes, latent), np.float32)
-    Latents().draw(stream(seed), out=latents)
+    Stream(seed).draw(out=latents)
     codes = sessions.first_pass(image[None]).codes
     tally: list[int] = np.bincount(sessions.vote(codes, np.zeros(votes, np.int64), latents), minlength=classes).tolist()
     return tally

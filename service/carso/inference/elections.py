@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from typing import TypedDict, TypeVar
 
@@ -23,17 +22,12 @@ class Progress:
     probabilities: np.ndarray  # [n, classes]
     started: float
     first_pass_done: float
+    deadline: float  # when its open elections end; infinity: never
     open: int  # elections still to end
     certificates: tuple[Certificate | None, ...] | None = None  # one per image; None: not asked for
     outcomes: dict[int, Outcome] = field(default_factory=dict)  # by image
     typicalities: dict[int, Typicality] = field(default_factory=dict)  # by image
     explanations: dict[int, Explanation] = field(default_factory=dict)  # by image
-
-    @property
-    def deadline(self) -> float:
-        """When its open elections end; infinity: never."""
-        deadline = self.ticket.job.deadline
-        return math.inf if deadline is None else deadline
 
     def result(self, *, finished: float) -> Result | None:
         """The result; None if an election of the job was cancelled."""
@@ -72,17 +66,14 @@ class Election:
     image: int  # its index in the job
     rule: StoppingRule
     seed: int
-    code: np.ndarray  # [code]
+    code: np.ndarray  # [1, code]
     expected: int  # the class that the first pass gives
     tally: list[int]  # [classes]
-    latents: Stream  # those still to come
+    ballot: int  # votes of the current ballot that are not cast yet
+    latents: Stream | None = None  # those still to come; None: no vote is cast yet
     leader: int = 0  # the two largest entries of the tally
     runner_up: int = 0
     cast: int = 0
-    ballot: int = field(init=False)  # votes of the current ballot that are not cast yet
-
-    def __post_init__(self) -> None:
-        self.ballot = self._next_ballot()
 
     @property
     def left(self) -> int:
@@ -91,15 +82,16 @@ class Election:
 
     def count(self, votes: list[int], *, cast: int) -> Rule | None:
         """Add the votes of a ballot, or of a part of it, by class; return the rule that ends the count, if one does."""
-        self.tally = [before + more for before, more in zip(self.tally, votes, strict=True)]
+        self.tally = [before + more for before, more in zip(self.tally, votes, strict=True)] if self.cast else votes
         self.cast += cast
         self.ballot -= cast
         *_, self.runner_up, self.leader = sorted(self.tally)
         if self.ballot:
             return None
-        ended_by = self.rule.ended_by(**self._count())
+        count = self._count()
+        ended_by = self.rule.ended_by(**count)
         if not ended_by:
-            self.ballot = self._next_ballot()
+            self.ballot = self.rule.next_ballot(**count)
         return ended_by
 
     def end(self, ending: Ending) -> None:
@@ -118,9 +110,6 @@ class Election:
         count = self._count()
         needed = max(0, self.rule.needed(**count))
         return Standing(self.image, self.tally, self.cast, self.rule.risk_reached(**count), needed)
-
-    def _next_ballot(self) -> int:
-        return self.rule.next_ballot(**self._count())
 
     def _count(self) -> _Count:
         return {

@@ -165,7 +165,7 @@ class Engine:
                     step = work()
                     self._progress = time.monotonic()
                     for path, admission in self.admission.items():
-                        admission.settle(step.settled[path], seconds=step.seconds)
+                        admission.settle(step.settled.get(path, 0), seconds=step.seconds)
                     self._observe(step)
                     if step.news:
                         self._call(self._tell, step.news)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -190,5 +190,5 @@ class Step:
     elections: int = 0  # that cast them
     news: tuple[tuple[Ticket, News], ...] = ()  # of the jobs that are followed
     seconds: float = 0.0
-    settled: Counter[PathName] = field(default_factory=Counter)  # rows that are owed no longer: done or spared
-    spared: Counter[Spared] = field(default_factory=Counter)  # votes
+    settled: Mapping[PathName, int] = field(default_factory=dict)  # rows that are owed no longer: done or spared
+    spared: Mapping[Spared, int] = field(default_factory=dict)  # votes

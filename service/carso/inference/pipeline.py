@@ -15,8 +15,9 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections import Counter, deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache, partial
 from typing import get_args
 
 import numpy as np
@@ -40,7 +41,7 @@ from carso.inference.jobs import (
     Typicality,
     VotePlan,
 )
-from carso.inference.latents import Latents, stream
+from carso.inference.latents import Stream, Streams
 from carso.inference.sessions import Sessions
 from carso.inference.typical import typicalities
 from carso.inference.vote import SMALLEST_BALLOT, StoppingRule
@@ -80,7 +81,9 @@ class Pipeline:
             path: eps if path in typical_on else None for path in get_args(PathName)
         }
         self._clock = clock
-        self._latents = Latents()
+        # of samples and risk; bounded, because callers choose both
+        self._rule = lru_cache(maxsize=128)(partial(StoppingRule, classes=classes))
+        self._streams = Streams()
         self._waiting: dict[PathName, deque[Ticket]] = {"fast": deque(), "robust": deque()}  # for their first pass
         self._open: deque[Election] = deque()
         self._voting: set[Progress] = set()  # jobs with open elections
@@ -104,8 +107,8 @@ class Pipeline:
         """
         began = self._clock()
         batch, gone = self._take_batch()
-        settled: Counter[PathName] = Counter()
-        spared: Counter[Spared] = Counter()
+        settled: defaultdict[PathName, int] = defaultdict(int)
+        spared: defaultdict[Spared, int] = defaultdict(int)
         for ticket in gone:
             settled[ticket.job.path] += ticket.job.rows
             spared["cancelled"] += ticket.job.votes
@@ -142,7 +145,7 @@ class Pipeline:
             left += self._vote(elections, sizes)
             self._recent_rows = FADE * self._recent_rows + rows
             self._recent_seconds = FADE * self._recent_seconds + self._clock() - began
-        spared: Counter[Spared] = Counter()
+        spared: defaultdict[Spared, int] = defaultdict(int)
         for election, reason in left:
             spared[reason] += election.left
             if election.progress.ticket.job.explain and reason != "cancelled":
@@ -155,7 +158,7 @@ class Pipeline:
             rows=rows,
             elections=len(elections),
             seconds=now - began,
-            settled=Counter({"robust": rows + spared.total()}),
+            settled={"robust": rows + sum(spared.values())},
             spared=spared,
         )
 
@@ -228,7 +231,13 @@ class Pipeline:
                 finished.append((ticket, result))
                 continue
             progress = Progress(
-                ticket, probabilities[own], started, done, open=len(ticket.job.images), certificates=proven.get(ticket)
+                ticket,
+                probabilities[own],
+                started,
+                done,
+                deadline=math.inf if ticket.job.deadline is None else ticket.job.deadline,
+                open=len(ticket.job.images),
+                certificates=proven.get(ticket),
             )
             self._open_elections(progress, ticket.job.plan, codes[own], labels[own].tolist())
             decided += len(progress.outcomes) * ticket.job.plan.samples
@@ -260,19 +269,19 @@ class Pipeline:
 
     def _open_elections(self, progress: Progress, plan: VotePlan, codes: np.ndarray, expected: list[int]) -> None:
         """Open an election for each image of a job, but for those that a certificate decides."""
-        rule = StoppingRule(plan.samples, self.classes, plan.risk)
+        rule = self._rule(samples=plan.samples, risk=plan.risk)
+        seeds = _fresh_seeds(len(codes)) if plan.seed is None else [plan.seed] * len(codes)
         decided: list[int] = []
-        for image, (code, label) in enumerate(zip(codes, expected, strict=True)):
-            seed = secrets.randbelow(MAX_SEED + 1) if plan.seed is None else plan.seed
+        for image, (seed, label) in enumerate(zip(seeds, expected, strict=True)):
             tally = [0] * self.classes
             if self._is_decided(progress, image):
                 decided.append(image)
                 progress.outcomes[image] = Outcome(label, 0, tally, "certificate", risk_reached=1.0, seed=seed)
                 continue
-            election = Election(progress, image, rule, seed, code, label, tally, stream(seed))
-            self._called += election.ballot
-            self._open.append(election)
+            code = codes[image : image + 1]
+            self._open.append(Election(progress, image, rule, seed, code, label, tally, rule.first_ballot))
         progress.open -= len(decided)
+        self._called += progress.open * rule.first_ballot
         if progress.open:
             self._voting.add(progress)
         if decided and (eps := self._eps["robust"]) is not None:  # no vote will tell whether they are typical
@@ -366,16 +375,20 @@ class Pipeline:
         latents = np.zeros((len(code_index) + len(new), self.latent), np.float32)  # 0 for the purified images
         start = 0
         for election, size in zip(elections, sizes, strict=True):
-            election.latents = self._latents.draw(election.latents, out=latents[start : start + size])
+            if election.latents is None:
+                election.latents = self._streams.begin(election.seed)
+            election.latents.draw(out=latents[start : start + size])
             start += size
-        codes = np.stack([election.code for election in elections])
+        codes = np.concatenate([election.code for election in elections])
         if eps is None or not new:
             return self.sessions.vote(codes, code_index, latents)
         votes, purified = self.sessions.vote_and_purify(
             codes, np.concatenate([code_index, new]), latents, purified=len(new)
         )
         judged = [elections[index] for index in new]
-        images = np.stack([election.progress.ticket.job.images[election.image] for election in judged])
+        images = np.concatenate(
+            [election.progress.ticket.job.images[election.image : election.image + 1] for election in judged]
+        )
         for election, figures in zip(judged, typicalities(images, purified, eps=eps), strict=True):
             election.progress.typicalities[election.image] = figures
         return votes
@@ -386,10 +399,10 @@ class Pipeline:
             return
         votes = min(election.cast, AVERAGED)
         latents = np.zeros((votes + 1, self.latent), np.float32)  # 0 for the image that got no vote
-        self._latents.draw(stream(election.seed), out=latents[:votes])
-        codes, rows = election.code[None], np.zeros(votes + 1, np.int64)
-        cast = self.sessions.vote(codes, rows[:votes], latents[:votes])
-        purified = self.sessions.purify(codes, rows, latents)
+        Stream(election.seed).draw(out=latents[:votes])
+        rows = np.zeros(votes + 1, np.int64)
+        cast = self.sessions.vote(election.code, rows[:votes], latents[:votes])
+        purified = self.sessions.purify(election.code, rows, latents)
         image = election.progress.ticket.job.images[election.image]
         election.progress.explanations[election.image] = explanation(image, cast, purified)
 
@@ -421,9 +434,18 @@ class Pipeline:
         """Note that elections have left; return the jobs whose last one did, in order."""
         closed: list[Progress] = []
         for election, _ in left:
+            if election.latents is not None:
+                self._streams.end(election.latents)
             progress = election.progress
             progress.open -= 1
             if not progress.open:
                 self._voting.remove(progress)
                 closed.append(progress)
         return closed
+
+
+def _fresh_seeds(count: int) -> list[int]:
+    """Return as many numbers in [0, MAX_SEED] that nobody can foresee, from the operating system."""
+    drawn = np.frombuffer(secrets.token_bytes(8 * count), np.uint64)
+    seeds: list[int] = (drawn & np.uint64(MAX_SEED)).tolist()
+    return seeds

@@ -23,7 +23,7 @@ DECIMALS = 6  # of the figures: beyond them, devices differ
 def typicalities(images: np.ndarray, purified: np.ndarray, *, eps: float) -> list[Typicality]:
     """Return the figures of each of `images` [n, *shape], from its purified version in `purified` [n, *shape]."""
     pixels, distances = (array.reshape(len(images), -1) for array in (images, np.abs(images - purified)))
-    excess = np.maximum(distances - eps, 0).mean(axis=1, dtype=np.float64)
+    excess = np.maximum(distances - eps, 0).sum(axis=1, dtype=np.float64) / pixels.shape[1]
     contrast = (pixels.max(axis=1) - pixels.min(axis=1)).astype(np.float64)
     return [
         Typicality(round(over, DECIMALS), round(span, DECIMALS))

@@ -20,7 +20,7 @@ The guarantee is about the count, not about adversarial robustness. Pure arithme
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from math import exp, lgamma, log
 from typing import Literal
 
@@ -66,6 +66,7 @@ def _leads(risk: float) -> _Leads:
     return _Leads(risk)
 
 
+@lru_cache(maxsize=4096)  # most elections end with one of a few tallies
 def _log_ratio(leader: int, other: int) -> float:
     return _log_beta(BETA, BETA) - _log_beta(leader + BETA, other + BETA) - (leader + other) * log(2)
 
@@ -98,6 +99,11 @@ class StoppingRule:
             raise ValueError(f"risk {self.risk} is neither 0 nor in [{MIN_RISK}, {MAX_RISK}]")
         leads = (_leads(self.risk * self._part(False)), _leads(self.risk * self._part(True))) if self.risk else None
         object.__setattr__(self, "_leads", leads)
+
+    @cached_property
+    def first_ballot(self) -> int:
+        """How many votes to cast first."""
+        return self.next_ballot(leader=0, runner_up=0, cast=0, expected=True)
 
     def ended_by(self, *, leader: int, runner_up: int, cast: int, expected: bool) -> Rule | None:
         """Return the rule that ends the count, or None if the count goes on."""
