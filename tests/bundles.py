@@ -68,6 +68,9 @@ SOURCES = (
 # About half of random images are typical
 TYPICAL = {"eps": 0.3, "excess": 0.17, "contrast": 0.5, "table": [{"kind": "clean", "images": 9, "untypical": 1}]}
 
+# One random image in ten is as near to one of a thousand others
+NEAR = {"distance": 0.05, "share": 0.1, "images": 1000}
+
 CODE_WEIGHT = 6.0  # in the decoder's first layer: how far images differ from each other
 LATENT_WEIGHT = 1.0  # and how far the votes of one image do
 LAYER_WEIGHT = 3.0  # of all other layers: PyTorch's own start would let every signal fade
@@ -132,6 +135,7 @@ def write_bundle(folder: Path, config: SystemConfig = SMALL, *, seed: int = 0, *
         },
         "table": [],
         "disagreement": {"images": 100, "disagree": 20},
+        "near_duplicates": NEAR if config.classifier.input_shape[0] == 1 else None,
         "typical": TYPICAL if config.classifier.input_shape[0] == 1 else None,  # colour bundles cannot tell
     }
     sealed(folder, fields | manifest)

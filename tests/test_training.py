@@ -33,6 +33,7 @@ from carso_training.robustness import typical as typical_module
 from carso_training.robustness.figures import networks
 from carso_training.robustness.figures import read as read_figures
 from carso_training.robustness.published import DEFENCES
+from carso_training.robustness.record import rewrite
 from carso_training.robustness.report import as_markdown
 from carso_training.robustness.voting import pipeline_of, robust_answers, vote_seeds
 from lightning_fabric import Fabric
@@ -164,6 +165,18 @@ def test_a_bundle_tells_which_images_are_typical_and_the_command_measures_it_aga
     assert again == exported
     assert json.loads(out.read_bytes()) == json.loads(exported.model_dump_json())
     assert "| clean | 30 |" in said.out
+
+
+def test_a_bundle_tells_how_near_a_near_duplicate_is_and_the_command_measures_it_again(damaged: Path) -> None:
+    bundle = damaged / "bundle"
+    exported = Bundle.load(bundle).manifest.near_duplicates
+    assert exported is not None
+    assert exported.images == Bundle.load(bundle).manifest.disagreement.images
+    rewrite(Bundle.load(bundle), near_duplicates=None)
+    said = carso_train("duplicates", bundle)
+    assert said.status == 0, said
+    assert Bundle.load(bundle).manifest.near_duplicates == exported
+    assert f"within {exported.distance:g}" in said.out
 
 
 def test_metrics_have_a_row_per_epoch(tiny_run: Path) -> None:

@@ -303,7 +303,7 @@ async def test_only_those_who_follow_a_job_are_told_of_it_and_before_it_is_done(
     followed, quiet = await asyncio.gather(engine.run(job, follow=heard.append), engine.run(job))
     await engine.stop()
     assert [outcome.tally for outcome in followed.outcomes] == [outcome.tally for outcome in quiet.outcomes]
-    assert {ticket.followed for step in steps for ticket, _ in step.news} == {True}
+    assert {ticket.followed for step in steps for ticket, _ in step.news} == {(FirstSeen, Standing)}
     firsts = [news for news in heard if isinstance(news, FirstSeen)]
     assert heard[:3] == firsts
     np.testing.assert_array_equal(np.stack([first.probabilities for first in firsts]), followed.probabilities)

@@ -39,6 +39,7 @@ from carso.images.media_types import MEDIA_TYPES
 from carso.images.reader import Reader
 from carso.inference.admission import QueueFull
 from carso.inference.canary import Canary
+from carso.inference.duplicates import Recent
 from carso.inference.engine import Engine, EngineError
 from carso.inference.jobs import VotePlan
 from carso.inference.pipeline import Pipeline
@@ -104,6 +105,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             f"{settings.called('untypical')}: refuse is not allowed with bundle {manifest.name}: it has no thresholds "
             "of typical images. Add them with `carso-train typical`, or set it to mark"
         )
+    recent = _recent(bundle, settings)
     sessions = _sessions(bundle, settings)
     provider, precision = sessions.provider, sessions.precision
     log.info("votes are cast in %s: %s", precision.precision, precision.because)
@@ -181,6 +183,8 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         evidence=settings.evidence,
         bounds=manifest.typical,
         untypical=settings.untypical,
+        duplicates=settings.duplicates,
+        recent=recent,
         shadow=Shadow(
             engine,
             share=settings.shadow,
@@ -234,6 +238,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             max_images=settings.max_images,
             evidence=settings.evidence,
             tells_typical=tells_typical and path in CHECKED[settings.typical],
+            tells_near=recent is not None,
             proves=sessions.unproven is None,
             whole=whole,
         )
@@ -296,6 +301,19 @@ def _sessions(bundle: Bundle, settings: Settings) -> Sessions:
             threads=settings.threads,
             spin=settings.spin,
         ).result()
+
+
+def _recent(bundle: Bundle, settings: Settings) -> Recent | None:
+    """Return what images are compared with. None: they are not. Raises SettingsError."""
+    if settings.duplicates == "off":
+        return None
+    manifest = bundle.manifest
+    if manifest.near_duplicates is None:
+        raise SettingsError(
+            f"{settings.called('duplicates')}: {settings.duplicates} is not allowed with bundle {manifest.name}: it "
+            "does not say how near a near-duplicate is. Add that with `carso-train duplicates`, or set it to off"
+        )
+    return Recent(distance=manifest.near_duplicates.distance, code=manifest.code)
 
 
 def _canary(bundle: Bundle, engine: Engine, whole: Whole, *, every: float) -> Canary | None:

@@ -218,6 +218,14 @@ class Disagreement(_Strict):
         return self.disagree / self.images
 
 
+class NearDuplicates(_Strict):
+    """How near to an earlier image's code another code is seldom by chance; see ``carso.inference.duplicates``."""
+
+    distance: float = Field(gt=0, allow_inf_nan=False)  # Euclidean, between codes
+    share: float = Field(ge=0, lt=1)  # of clean images that are nearer to an earlier one
+    images: int = Field(gt=0)  # validation images that it was measured on
+
+
 class Manifest(_Strict):
     """What a bundle is."""
 
@@ -235,6 +243,7 @@ class Manifest(_Strict):
     recounts: tuple[Recount, ...] = ()  # what int8 votes change, as far as it was measured
     typical: Typical | None = None  # None: this bundle cannot tell
     disagreement: Disagreement | None = None  # None: not measured
+    near_duplicates: NearDuplicates | None = None  # None: not measured
     unbounded: str | None = None  # why there is no first_pass_bounds.onnx, where its export was tried and failed
     files: dict[FileName, Sha256]
 

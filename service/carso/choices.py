@@ -13,6 +13,7 @@ PrecisionAsked = Literal["auto", "float32", "tf32", "int8"]
 Evidence = Literal["full", "label"]  # how much of an answer callers see
 Checked = Literal["robust", "all", "off"]  # on which paths images are compared with what the purifier knows
 Untypical = Literal["mark", "refuse"]  # what happens to an image that is not like that
+Duplicates = Literal["off", "mark", "refuse"]  # what happens to an image that is nearly one that its caller sent before
 Fit = Literal["pad", "stretch"]  # how an image of other proportions is made to fit
 
 # What an answer says of a proof (docs/certificate.md). report: what is proven at an eps. decide: the same, and a proven

@@ -138,6 +138,10 @@ class UntypicalImage(RequestError):
     """An image that is not like those that the bundle knows, where the operator refuses such images."""
 
 
+class NearDuplicate(RequestError):
+    """An image that is nearly one that the same caller sent before, where the operator refuses such images."""
+
+
 class CannotCertify(RequestError):
     """A proof is asked for, and this bundle has no bounds, or is served where nothing is proven."""
 

@@ -31,6 +31,7 @@ from carso.choices import (
     Certifying,
     Checked,
     Device,
+    Duplicates,
     Evidence,
     PrecisionAsked,
     Risk,
@@ -331,6 +332,12 @@ class Settings(BaseModel):
         default="mark",
         description="mark answers `typical: false`. refuse answers 422 to a request with such an image. It needs a "
         "bundle with thresholds, and CARSO_TYPICAL other than off.",
+    )
+    duplicates: Duplicates = _security(
+        default="off",
+        description="What happens to an image that is nearly one which the same key, or without keys the same address, "
+        "sent before: those who attack by queries send many (docs/duplicates.md). mark answers "
+        "`near_duplicate: true`. refuse answers 409. It needs a bundle that says how near that is.",
     )
     tracing: bool = _telemetry(
         default=False,

@@ -16,6 +16,7 @@ import torch
 import typer
 from carso import CarsoError, Client
 from carso.bundle import BOUNDS, MANIFEST, Bundle, BundleError
+from carso.inference.duplicates import REMEMBERED
 from carso.inference.runtime import InstallationError, check_runtime
 from carso.inference.sessions import DeviceError
 from carso.samples import SAMPLES
@@ -36,6 +37,7 @@ from carso_training.robustness import plots
 from carso_training.robustness.blackbox import Service
 from carso_training.robustness.certified import certified
 from carso_training.robustness.disagreement import disagreement_of
+from carso_training.robustness.duplicates import near_duplicates_of
 from carso_training.robustness.effort import EFFORTS, EffortName
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of
 from carso_training.robustness.figures import Figure
@@ -313,6 +315,27 @@ def disagreement(
     )
     rewrite(bundle, disagreement=found)
     typer.echo(f"{folder}: the paths disagree on {found.disagree} of {found.images} validation images")
+
+
+@app.command()
+def duplicates(
+    folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    *,
+    source: DataFolder = None,
+) -> None:
+    """Measure how near the codes of validation images come by chance, and put that into the bundle's manifest.
+
+    The service calls what is nearer a near-duplicate (CARSO_DUPLICATES). `run` does this too.
+    """
+    bundle = Bundle.load(folder)
+    found = near_duplicates_of(
+        bundle, validation=images_of(bundle, "validation", given=source), seed=recipe_of(bundle).seed
+    )
+    rewrite(bundle, near_duplicates=found)
+    typer.echo(
+        f"{folder}: {found.share:.1%} of {found.images} validation images are within {found.distance:g} of one of the "
+        f"{REMEMBERED} before them"
+    )
 
 
 @app.command()

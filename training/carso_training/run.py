@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from carso.bundle import FIRST_PASS, VOTE, Bundle, Cell, Disagreement, Typical, sealed
+from carso.bundle import FIRST_PASS, VOTE, Bundle, Cell, Disagreement, NearDuplicates, Typical, sealed
 from carso.version import __version__
 from lightning_fabric import Fabric
 from pydantic import ValidationError
@@ -47,6 +47,7 @@ from carso_training.networks import Classifier, Purifier, build_classifier, buil
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.card import CARD, model_card
 from carso_training.robustness.disagreement import disagreement_of
+from carso_training.robustness.duplicates import near_duplicates_of
 from carso_training.robustness.published import PUBLISHED_ACCURACIES, PUBLISHED_FOR, RISK, measure
 from carso_training.robustness.table import WIDTH, as_rich
 from carso_training.robustness.typical import typical_of
@@ -209,8 +210,16 @@ class Run:
                 Console(width=WIDTH).print(table)
             typical = self.typical(Bundle.load(part))
             disagreement = disagreement_of(Bundle.load(part), validation=self.validation, seed=self.recipe.seed)
+            near = near_duplicates_of(Bundle.load(part), validation=self.validation, seed=self.recipe.seed)
             (part / CARD).write_text(model_card(self.recipe, cells, risk=RISK, typical=typical))
-            self._seal(part, cells=cells, typical=typical, disagreement=disagreement, unbounded=unbounded)
+            self._seal(
+                part,
+                cells=cells,
+                typical=typical,
+                disagreement=disagreement,
+                near_duplicates=near,
+                unbounded=unbounded,
+            )
             part.replace(target)
             durable.sync_folder(target.parent)
         self.fabric.barrier()
@@ -307,6 +316,7 @@ class Run:
         unbounded: str | None,
         typical: Typical | None = None,
         disagreement: Disagreement | None = None,
+        near_duplicates: NearDuplicates | None = None,
     ) -> None:
         sealed(
             folder,
@@ -327,6 +337,7 @@ class Run:
                 "table": [cell.model_dump() for cell in cells],
                 "typical": typical and typical.model_dump(),
                 "disagreement": disagreement and disagreement.model_dump(),
+                "near_duplicates": near_duplicates and near_duplicates.model_dump(),
                 "unbounded": unbounded,
             },
         )

@@ -15,7 +15,17 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, WithJsonSchema
 
 from carso.bundle import Bundle, Cell, InputSpec, Typical
-from carso.choices import Certifying, Checked, DecidedBy, Device, Evidence, Precision, PrecisionAsked, Untypical
+from carso.choices import (
+    Certifying,
+    Checked,
+    DecidedBy,
+    Device,
+    Duplicates,
+    Evidence,
+    Precision,
+    PrecisionAsked,
+    Untypical,
+)
 from carso.images.rendering import as_png
 from carso.inference.jobs import Ending, FirstSeen, Result, Standing, Times, VotePlan
 from carso.samples import Sample, Samples
@@ -96,11 +106,19 @@ _CERTIFIED = Field(
 )
 
 
+_NEAR_DUPLICATE = Field(
+    default=None,
+    description="Whether the image is nearly one that the same caller sent before. Many of these are the sign of an "
+    "attacker who searches by queries. The same image again is none. Absent where this is not looked at.",
+)
+
+
 class FastPrediction(Label):
     """What the first pass says of one image."""
 
     excess: float | None = _EXCESS
     contrast: float | None = _CONTRAST
+    near_duplicate: bool | None = _NEAR_DUPLICATE
     certified: Certified | None = _CERTIFIED
     probabilities: list[float] = Field(description="Of each class, in order.")
 
@@ -178,6 +196,7 @@ class RobustPrediction(RobustLabel):
     )
     excess: float | None = _EXCESS
     contrast: float | None = _CONTRAST
+    near_duplicate: bool | None = _NEAR_DUPLICATE
     certified: Certified | None = _CERTIFIED
     decided_by: DecidedBy | None = Field(
         default=None,
@@ -272,6 +291,7 @@ class Limits(_Answer):
     evidence: Evidence
     typical: Checked = Field(description="The paths on which images are compared with what the bundle knows.")
     untypical: Untypical = Field(description="What happens to an image that is not like that.")
+    duplicates: Duplicates = Field(description="What happens to an image that is nearly an earlier one of its caller.")
     certify: Certifying = Field(description="What is proven where a request does not say.")
     certify_eps: float = Field(description="At which eps, where a request does not say.")
 
@@ -349,9 +369,9 @@ def bundle_info(bundle: Bundle, *, signed_by: str | None) -> BundleInfo:
 def fast_predictions(result: Result, classes: tuple[str, ...], bounds: Typical | None) -> list[dict[str, Any]]:
     """Return a FastPrediction of each image. `bounds`: of typical images; None: nothing is said of that."""
     return [
-        {"label": label, "class_name": classes[label], **figures, **proven, "probabilities": probabilities}
-        for (label, probabilities), figures, proven in zip(
-            _first_pass(result), _typical(result, bounds), _certified(result), strict=True
+        {"label": label, "class_name": classes[label], **figures, **near, **proven, "probabilities": probabilities}
+        for (label, probabilities), figures, near, proven in zip(
+            _first_pass(result), _typical(result, bounds), _near(result), _certified(result), strict=True
         )
     ]
 
@@ -365,6 +385,7 @@ def robust_predictions(
             "label": outcome.label,
             "class_name": classes[outcome.label],
             **figures,
+            **near,
             **proven,
             **({"decided_by": "certificate" if outcome.ending == "certificate" else "vote"} if proven else {}),
             "share": outcome.tally[outcome.label] / max(outcome.votes, 1),
@@ -379,8 +400,13 @@ def robust_predictions(
             "fast_label": fast_label,
             "agree": outcome.label == fast_label,
         }
-        for outcome, (fast_label, _), figures, proven in zip(
-            result.outcomes, _first_pass(result), _typical(result, bounds), _certified(result), strict=True
+        for outcome, (fast_label, _), figures, near, proven in zip(
+            result.outcomes,
+            _first_pass(result),
+            _typical(result, bounds),
+            _near(result),
+            _certified(result),
+            strict=True,
         )
     ]
 
@@ -411,6 +437,7 @@ def _picture(image: np.ndarray, spec: InputSpec) -> str:
 
 
 TYPICAL_FIELDS = frozenset(("typical", "excess", "contrast"))  # absent where nobody asked the purifier
+NEAR_FIELDS = frozenset(("near_duplicate",))  # absent where nobody looked at earlier images
 CERTIFICATE_FIELDS = frozenset(("certified", "decided_by"))  # absent where nobody asked for a proof
 
 
@@ -457,6 +484,13 @@ def _typical(result: Result, bounds: Typical | None) -> list[dict[str, Any]]:
         }
         for found in result.typicalities
     ]
+
+
+def _near(result: Result) -> list[dict[str, Any]]:
+    """Return what is said of each image beside its caller's earlier ones: nothing, where nobody looked."""
+    if result.near_duplicates is None:
+        return [{}] * len(result.probabilities)
+    return [{"near_duplicate": near} for near in result.near_duplicates]
 
 
 def _certified(result: Result) -> list[dict[str, Any]]:

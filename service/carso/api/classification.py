@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +15,15 @@ from starlette.requests import Request
 
 from carso.api import answers
 from carso.bundle import Typical
-from carso.choices import Evidence, PathName, Untypical
-from carso.errors import CannotCertify, ClientGone, DeadlineExceeded, SeedRefused, UntypicalImage
+from carso.choices import Duplicates, Evidence, PathName, Untypical
+from carso.errors import CannotCertify, ClientGone, DeadlineExceeded, NearDuplicate, SeedRefused, UntypicalImage
 from carso.http.disconnect import WhileConnected
 from carso.http.exchange import Exchange
 from carso.inference import explanation
 from carso.inference.admission import QueueFull
+from carso.inference.duplicates import Recent
 from carso.inference.engine import Engine, EngineStopped
-from carso.inference.jobs import Certify, Job, News, Result, VotePlan
+from carso.inference.jobs import Certify, FirstSeen, Job, Kinds, News, Result, Standing, VotePlan
 from carso.options import FastOptions, RobustOptions
 from carso.telemetry.metrics import Metrics
 
@@ -50,13 +51,15 @@ class Classification:
         evidence: Evidence,
         bounds: Typical | None,
         untypical: Untypical,
+        duplicates: Duplicates,
+        recent: Recent | None,
         shadow: Callable[[np.ndarray, Sequence[int], str | None], None],
         unproven: str | None = None,
     ) -> None:
         """`trace` is called with every finished job. `evidence`: "label" withholds tallies, scores and timings.
-        `bounds`: the thresholds of typical images; None: the bundle has none. `shadow` is called with the images of the
-        fast path, their labels, and the name of the caller's key, if any. `unproven`: why nothing can be proven; None:
-        it can.
+        `bounds`: the thresholds of typical images; None: the bundle has none. `recent`: what images are compared with;
+        None: `duplicates` is off. `shadow` is called with the images of the fast path, their labels, and the name of
+        the caller's key, if any. `unproven`: why nothing can be proven; None: it can.
         """
         self._engine = engine
         self._metrics = metrics
@@ -66,6 +69,8 @@ class Classification:
         self._label_only = evidence == "label"
         self._bounds = bounds
         self._refuses_untypical = untypical == "refuse"
+        self._recent = recent
+        self._refuses_duplicates = duplicates == "refuse"
         self._unproven = unproven
         self._shadow = shadow
 
@@ -88,7 +93,7 @@ class Classification:
 
         `shadowed`: some of them may be counted later, for what the metrics say and for nobody else.
 
-        Raises CannotCertify, UntypicalImage, QueueFull, ClientGone, and the engine's errors.
+        Raises CannotCertify, UntypicalImage, NearDuplicate, QueueFull, ClientGone, and the engine's errors.
         """
         exchange = Exchange.of(request.scope)
         result = await self._run(request, Job(images, certify=self.certify(options)))
@@ -116,8 +121,8 @@ class Classification:
         `sampled`: the images were not chosen for what they show, so that whether the paths agree on them is evidence.
         `explain`: whether the result has explanations. `follow`: as of Engine.run.
 
-        Raises SeedRefused, CannotCertify, DeadlineExceeded, UntypicalImage, QueueFull, ClientGone, and the engine's
-        errors.
+        Raises SeedRefused, CannotCertify, DeadlineExceeded, UntypicalImage, NearDuplicate, QueueFull, ClientGone, and
+        the engine's errors.
         """
         if not self._allow_seed and options.seed is not None:
             raise SeedRefused("this service chooses the seed itself: leave seed out, or ask its operator to allow it")
@@ -181,11 +186,24 @@ class Classification:
         exchange = Exchange.of(request.scope)
         exchange.images = len(job.images)
         exchange.charge(job.rows)
+        near: list[bool] = []
+        kinds: Kinds = (FirstSeen,) if follow is None else (FirstSeen, Standing)
+
+        def compare(news: News) -> None:
+            """Look at each image as soon as its code is known, and tell whoever follows no more than is answered."""
+            if isinstance(news, FirstSeen):
+                near.append(self._is_near(exchange, job, news))
+            if follow is not None:
+                follow(news)
+
         try:
             async with WhileConnected(request.receive):
-                result = await self._engine.run(job, follow=follow)
+                result = await self._engine.run(job, follow=follow if self._recent is None else compare, kinds=kinds)
         except QueueFull:
             exchange.settle(-job.rows)
+            raise
+        except NearDuplicate:
+            exchange.settle(job.first_pass_rows - job.rows)  # its votes are not counted
             raise
         except ClientGone:
             self._metrics.cancellation("client_gone")
@@ -196,4 +214,21 @@ class Classification:
         explained = explanation.ROWS * len(result.explanations or ())
         exchange.settle(job.first_pass_rows + sum(outcome.votes for outcome in result.outcomes) + explained - job.rows)
         self._trace(job, result)
-        return result
+        return result if self._recent is None else replace(result, near_duplicates=tuple(near))
+
+    def _is_near(self, exchange: Exchange, job: Job, first: FirstSeen) -> bool:
+        """Return whether an image is nearly an earlier one of its sender. Raises NearDuplicate."""
+        if self._recent is None:
+            return False
+        near = self._recent.is_near(exchange.sender, job.images[first.image], first.code)
+        caller = None if exchange.caller is None else exchange.caller.name
+        self._metrics.near_duplicate(job.path, near, caller=caller)
+        exchange.near_duplicates = (exchange.near_duplicates or 0) + near
+        if near and self._refuses_duplicates:
+            sender = "this address" if exchange.caller is None else f"the key of {exchange.caller.name}"
+            raise NearDuplicate(
+                f"image {first.image} is nearly one that {sender} sent before, and this service refuses such images, "
+                "because those who attack send many: do not send changed copies of an image, or ask the operator to "
+                "only mark them"
+            )
+        return near

@@ -134,12 +134,13 @@ class Model:
         max_images: int,
         evidence: Evidence,
         tells_typical: bool,
+        tells_near: bool,
         proves: bool,
         whole: Whole,
     ) -> None:
         """`options`: RobustOptions with this service's limits on the robust path, FastOptions on the fast one.
-        `tells_typical`: whether answers on this path say if an image is typical. `proves`: whether labels can be
-        proven. `whole`: keeps the statistics.
+        `tells_typical`: whether answers on this path say if an image is typical. `tells_near`: whether they say
+        if it is nearly an earlier one. `proves`: whether labels can be proven. `whole`: keeps the statistics.
         """
         self.name = manifest.name if path == "robust" else f"{manifest.name}-fast"
         self.version = manifest.version
@@ -147,7 +148,9 @@ class Model:
         fields = {
             name: field
             for name, field in _PREDICTIONS[path, evidence].model_fields.items()
-            if (tells_typical or name not in answers.TYPICAL_FIELDS) and name not in answers.CERTIFICATE_FIELDS
+            if (tells_typical or name not in answers.TYPICAL_FIELDS)
+            and (tells_near or name not in answers.NEAR_FIELDS)
+            and name not in answers.CERTIFICATE_FIELDS
         }
         if proves and evidence == "full":
             fields |= _CERTIFIED

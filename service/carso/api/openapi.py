@@ -40,6 +40,7 @@ _CLASSIFICATION_ERRORS: Errors = (
     e.HeadTooLarge,
     e.WrongShape,
     e.UntypicalImage,
+    e.NearDuplicate,
     e.CannotCertify,
     e.NotFinite,
     e.OutOfRange,

@@ -43,6 +43,7 @@ class FastPrediction(_Value):
     typical: bool | None = None  # False: not like the images that the bundle knows, so the label means little
     excess: float | None = None  # the figures that tell; see docs/typical.md
     contrast: float | None = None
+    near_duplicate: bool | None = None  # whether it is nearly one that you sent before; None: the service does not look
     certified: Certified | None = None  # None: nothing is proven, or `certify` is off
     probabilities: tuple[float, ...] | None = None  # of each class, in order
 
@@ -84,6 +85,7 @@ class RobustPrediction(_Value):
     typical: bool | None = None  # False: not like the images that the bundle knows, so the label means little
     excess: float | None = None  # the figures that tell; see docs/typical.md
     contrast: float | None = None
+    near_duplicate: bool | None = None  # whether it is nearly one that you sent before; None: the service does not look
     certified: Certified | None = None  # of `fast_label`; None: nothing is proven, or `certify` is off
     decided_by: str | None = None  # certificate: `label` is proven, and no vote was cast; vote; None: `certify` is off
     share: float | None = None  # of `label` among the votes cast, from 0 to 1
@@ -260,6 +262,7 @@ class Limits(_Value):
     evidence: str  # full or label
     typical: str | None = None  # the paths that say whether an image is typical: robust, all or off
     untypical: str | None = None  # what happens to an image that is not: mark or refuse
+    duplicates: str | None = None  # what happens to one that is nearly an earlier one of yours: off, mark or refuse
     certify: str | None = None  # what is proven where a call does not say
     certify_eps: float | None = None  # and at which eps
 

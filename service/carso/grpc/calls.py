@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from typing import NoReturn
+from urllib.parse import unquote
 
 import grpc
 from starlette.requests import Request
@@ -50,6 +51,7 @@ class Calls:
     async def _call(self, name: str, method: Method, message: Message, context: grpc.aio.ServicerContext) -> Message:
         metadata = {key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)}
         exchange = begin(metadata.get(REQUEST_ID, "").encode(), metadata.get("traceparent", "").encode())
+        exchange.host = _host(context.peer())
         try:
             if self._keys is not None and name not in PROBES:
                 exchange.caller = self._keys.check(metadata.get("authorization", "").encode())
@@ -81,6 +83,12 @@ class Calls:
             trailing.append((RETRY_AFTER, str(error.retry_after)))
         await context.abort(CODE[type(error)], f"{error.name}: {error}", tuple(trailing))
         raise AssertionError("abort raises")
+
+
+def _host(peer: str) -> str:
+    """Return the address of a peer, which gRPC writes as ipv4:127.0.0.1:50051 or ipv6:%5B::1%5D:50051."""
+    kind, _, address = unquote(peer).partition(":")
+    return address.rpartition(":")[0].strip("[]") if kind in ("ipv4", "ipv6") else peer
 
 
 def _as_request(exchange: Exchange) -> Request:

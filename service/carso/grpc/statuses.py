@@ -14,6 +14,7 @@ _CODES: dict[int, StatusCode] = {
     404: StatusCode.NOT_FOUND,
     405: StatusCode.UNIMPLEMENTED,
     408: StatusCode.ABORTED,
+    409: StatusCode.FAILED_PRECONDITION,  # not ABORTED, which clients may send again
     413: StatusCode.INVALID_ARGUMENT,  # not RESOURCE_EXHAUSTED, which clients may send again
     415: StatusCode.INVALID_ARGUMENT,
     422: StatusCode.INVALID_ARGUMENT,

@@ -113,6 +113,7 @@ class Envelope:
             return
         headers = dict(scope["headers"])
         exchange = begin(headers.get(b"x-request-id", b""), headers.get(b"traceparent", b""))
+        exchange.host, _ = scope.get("client") or ("", 0)
         method: str = scope["method"]
         if method == "HEAD":  # wherever there is GET; the server leaves out the body
             scope = {**scope, "method": "GET"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, MutableMapping
 from dataclasses import dataclass, field
+from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, cast
 
 from carso.http.keys import Caller
@@ -23,6 +24,7 @@ class Exchange:
     status: int = 0  # HTTP status of the answer; 0: no answer was begun
     body_bytes: int = 0  # of its body, as far as they count towards the bodies in flight
     caller: Caller | None = None  # whose key the request has; None: the service asks for none, or it has no valid one
+    host: str = ""  # the address that it came from; empty: unknown
     rows: int = 0  # of work, which the caller is charged for
     trace_id: str | None = None
     error: str | None = None  # its name
@@ -30,6 +32,7 @@ class Exchange:
     labels: list[int] | None = None
     votes: int | None = None  # cast for all images
     agree: int | None = None  # images on which both paths agree
+    near_duplicates: int | None = None  # images that are nearly earlier ones; None: nobody looked
     timings: dict[str, float] | None = None  # in milliseconds
 
     def attach(self, scope: MutableMapping[str, Any]) -> None:
@@ -40,6 +43,21 @@ class Exchange:
     def of(cls, scope: Mapping[str, Any]) -> Exchange:
         """Return the exchange of a request that came through the envelope. Raises KeyError for any other."""
         return cast("Exchange", scope[_KEY])
+
+    @property
+    def sender(self) -> str:
+        """Who sent it, as far as that is known: the name of the key; without keys, the address, of which IPv6 gives
+        each customer a network of 64 bits.
+        """
+        if self.caller is not None:
+            return self.caller.name
+        try:
+            address = ip_address(self.host)
+        except ValueError:  # a socket that is none of the network's
+            return self.host
+        if isinstance(address, IPv6Address):
+            return str(address.ipv4_mapped or IPv6Network((int(address) >> 64 << 64, 64)))
+        return str(address)
 
     def charge(self, rows: int) -> None:
         """Charge the caller for work before it is done. Raises Overloaded."""
@@ -55,7 +73,7 @@ class Exchange:
 
     def learnt(self) -> dict[str, object]:
         """Return, by name, what the log says of the request beyond its line and its status."""
-        names = ("trace_id", "error", "images", "labels", "votes", "agree", "timings")
+        names = ("trace_id", "error", "images", "labels", "votes", "agree", "near_duplicates", "timings")
         known = {name: value for name in names if (value := getattr(self, name)) is not None}
         return known if self.caller is None else {"caller": self.caller.name, **known}
 

@@ -48,7 +48,7 @@ def run(
         log_config=None,  # uvicorn's loggers join ours
         access_log=False,  # carso.http.envelope writes that line
         server_header=False,
-        proxy_headers=False,  # nothing here asks who the client is
+        proxy_headers=False,  # whoever calls could claim any address
         timeout_keep_alive=KEEP_ALIVE,
     )
     listen(sockets, backlog=config.backlog)  # before the log says "ready"

@@ -20,6 +20,7 @@ _STATUSES: dict[int, tuple[type[RequestError], ...]] = {
     404: (errors.NotFound,),
     405: (errors.MethodNotAllowed,),
     408: (errors.RequestTimeout,),
+    409: (errors.NearDuplicate,),
     413: (errors.BodyTooLarge, errors.TooManyImages, errors.TooManyPixels),
     415: (errors.UnsupportedMediaType,),
     422: (

@@ -14,8 +14,9 @@ from typing import Protocol, get_args
 
 from carso.board.whole import Whole
 from carso.choices import PathName
+from carso.errors import RequestError
 from carso.inference.admission import Admission
-from carso.inference.jobs import Job, News, Result, Step, Ticket
+from carso.inference.jobs import FirstSeen, Job, Kinds, News, Result, Standing, Step, Ticket
 from carso.inference.processors import give_way
 
 log = logging.getLogger(__name__)
@@ -122,12 +123,15 @@ class Engine:
         """How many jobs the engine has."""
         return len(self._futures)
 
-    async def run(self, job: Job, *, follow: Callable[[News], None] | None = None) -> Result:
+    async def run(
+        self, job: Job, *, follow: Callable[[News], None] | None = None, kinds: Kinds = (FirstSeen, Standing)
+    ) -> Result:
         """Give `job` to the pipeline and return its result. `follow` is called on the event loop, with what each step
-        has to tell of the job before it is done: keep it short.
+        has to tell of the job before it is done, as far as that is of one of these `kinds`: keep it short. If it raises
+        a RequestError, that is the end of the job.
 
         If the awaiting task is cancelled, the job's elections leave at the next round. Raises QueueFull, EngineStopped,
-        EngineDead, and EngineError if the engine fails meanwhile.
+        EngineDead, EngineError if the engine fails meanwhile, and what `follow` raises.
         """
         if not self.alive or self._loop is None:
             kind = EngineDead if self._failure else EngineStopped
@@ -135,7 +139,7 @@ class Engine:
         self.admission[job.path].admit(job.rows)
         if not self._futures and not self._busy:
             self._progress = time.monotonic()
-        ticket = Ticket(job, followed=follow is not None)
+        ticket = Ticket(job, followed=() if follow is None else kinds)
         if follow is not None:
             self._followers[ticket] = follow
         future: asyncio.Future[Result] = self._loop.create_future()
@@ -201,8 +205,14 @@ class Engine:
 
     def _tell(self, news: Iterable[tuple[Ticket, News]]) -> None:
         for ticket, found in news:
-            if follow := self._followers.get(ticket):
+            follow, future = self._followers.get(ticket), self._futures.get(ticket)
+            if follow is None or future is None or future.done():
+                continue
+            try:
                 follow(found)
+            except RequestError as e:
+                ticket.cancelled = True
+                future.set_exception(e)
 
     def _deliver(self, results: list[tuple[Ticket, Result]]) -> None:
         """Give fast answers at once; and robust ones, of which a round may end many, one in each turn of the loop.

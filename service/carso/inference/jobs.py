@@ -146,6 +146,8 @@ class Result:
     explanations: tuple[Explanation, ...] | None = None  # likewise
     # One per image, None where nothing is proven; or None: not asked for
     certificates: tuple[Certificate | None, ...] | None = None
+    # One per image, whether it is nearly an earlier one; None: nobody looked. Classification fills it in
+    near_duplicates: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -154,6 +156,7 @@ class FirstSeen:
 
     image: int  # its index in the job
     probabilities: np.ndarray  # [classes] float32
+    code: np.ndarray  # [code] float32
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +171,7 @@ class Standing:
 
 
 News = FirstSeen | Standing
+Kinds = tuple[type[News], ...]
 
 
 @dataclass(eq=False, slots=True)
@@ -175,7 +179,7 @@ class Ticket:
     """A job in flight. Whoever sets `cancelled` gets it back without a result at the end of the next round."""
 
     job: Job
-    followed: bool = False  # whether the steps tell news of it
+    followed: Kinds = ()  # the news that the steps tell of it
     submitted: float = field(default_factory=time.monotonic)
     cancelled: bool = False
 

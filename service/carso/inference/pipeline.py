@@ -35,6 +35,7 @@ from carso.inference.jobs import (
     Outcome,
     Result,
     Spared,
+    Standing,
     Step,
     Ticket,
     Times,
@@ -151,7 +152,7 @@ class Pipeline:
             if election.progress.ticket.job.explain and reason != "cancelled":
                 self._explain(election)
         now = self._clock()
-        followed = [election for election in elections if election.progress.ticket.followed]
+        followed = [election for election in elections if Standing in election.progress.ticket.followed]
         return Step(
             finished=tuple((progress.ticket, progress.result(finished=now)) for progress in self._close(left)),
             news=tuple((election.progress.ticket, election.standing()) for election in followed),
@@ -221,8 +222,9 @@ class Pipeline:
         for ticket in batch:
             own = slice(offset, offset + len(ticket.job.images))
             offset = own.stop
-            if ticket.followed:
-                news += [(ticket, FirstSeen(image, found)) for image, found in enumerate(probabilities[own])]
+            if FirstSeen in ticket.followed:
+                found = zip(probabilities[own], codes[own], strict=True)
+                news += [(ticket, FirstSeen(image, *each)) for image, each in enumerate(found)]
             if ticket.job.plan is None:
                 times = Times(ticket.submitted, started, done, done)
                 result = Result(

@@ -126,6 +126,18 @@ class Metrics:
             for path in get_args(PathName)
             for is_typical in (False, True)
         }
+        near = self._counter(
+            "carso_near_duplicate_images",
+            "Images by whether they are nearly one that the same caller sent before; many may be an attack by queries.",
+            ["path", "near_duplicate"],
+            registry=registry,
+        )
+        self._near = {
+            (path, is_near): near.labels(path, str(is_near).lower())
+            for path in get_args(PathName)
+            for is_near in (False, True)
+        }
+        self._near_of_callers: Counter | None = None
         certified = self._counter(
             "carso_certified_images",
             "Images of which a proof was asked, by whether every image within eps has their label from the first pass.",
@@ -294,6 +306,19 @@ class Metrics:
         """Count images by whether they are typical."""
         for is_typical in typical:
             self._typical[path, is_typical].inc()
+
+    def near_duplicate(self, path: PathName, near: bool, *, caller: str | None) -> None:
+        """Count an image by whether it is nearly an earlier one. `caller`: as of `elections`."""
+        self._near[path, near].inc()
+        if near and caller is not None:
+            if self._near_of_callers is None:  # without keys, there is no such series
+                self._near_of_callers = self._counter(
+                    "carso_caller_near_duplicates",
+                    "Images that are nearly an earlier one, by key.",
+                    ["caller"],
+                    registry=self._counting,
+                )
+            self._near_of_callers.labels(caller).inc()
 
     def certified(self, path: PathName, certified: Iterable[bool]) -> None:
         """Count images of which a proof was asked, by whether there is one."""
