@@ -136,6 +136,7 @@ def write_bundle(folder: Path, config: SystemConfig = SMALL, *, seed: int = 0, *
         "table": [],
         "disagreement": {"images": 100, "disagree": 20},
         "near_duplicates": NEAR if config.classifier.input_shape[0] == 1 else None,
+        "proofs": {"eps": 0.3, "images": 100, "proven": 90},
         "typical": TYPICAL if config.classifier.input_shape[0] == 1 else None,  # colour bundles cannot tell
     }
     sealed(folder, fields | manifest)

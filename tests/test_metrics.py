@@ -49,6 +49,7 @@ KEY_METRICS = {
     "carso_caller_rows_total": ("counter", {"caller"}),
     "carso_caller_attack_evidence": ("gauge", {"caller"}),
     "carso_caller_near_duplicates_total": ("counter", {"caller"}),
+    "carso_caller_uncertified_evidence": ("gauge", {"caller"}),
 }
 
 # where there are several workers

@@ -499,6 +499,19 @@ def test_the_graph_by_which_labels_are_proven_can_be_added_to_a_bundle_that_lack
     assert networks(after) == networks(older) == networks(before)
 
 
+def test_the_images_that_are_proven_are_counted_at_the_export_and_by_command(tiny_run: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_run / "bundle", tmp_path / "bundle")
+    exported = Bundle.load(folder).manifest.proofs
+    assert exported is not None and (exported.eps, exported.images) == (0.3, TINY["validation_images"])
+    said = carso_train("bounds", folder, "--clean-rate", "--eps", "0.01")
+    assert said.status == 0, said.error
+    found = Bundle.load(folder).manifest.proofs
+    assert found is not None and exported.proven <= found.proven <= found.images == exported.images
+    assert f"{found.proven} of {found.images} validation images are proven at eps 0.01" in said.out
+    refused = carso_train("bounds", folder, "--clean-rate", "--eps", "1.5")
+    assert refused.status == 2 and "--eps" in refused.error
+
+
 def test_what_is_proven_is_counted_on_all_images_of_the_split(tiny_run: Path, tmp_path: Path) -> None:
     command = ("evaluate", tiny_run / "bundle", "--protocol", "certified", "--eps", "0.01", "--eps", "0.4")
     said = carso_train(*command, "--out", tmp_path)

@@ -41,7 +41,7 @@ from carso.inference.admission import QueueFull
 from carso.inference.canary import Canary
 from carso.inference.duplicates import Recent
 from carso.inference.engine import Engine, EngineError
-from carso.inference.jobs import VotePlan
+from carso.inference.jobs import Outcome, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.processors import give_way
 from carso.inference.runtime import check_runtime
@@ -51,8 +51,10 @@ from carso.options import ExplainedOptions, RobustOptions, StreamOptions, fast_o
 from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
 from carso.signing import PublicKey, UnusableKey
+from carso.telemetry.alarms import Alarms
 from carso.telemetry.metrics import Metrics
 from carso.telemetry.probes import PROBES, Lifecycle, Probes
+from carso.telemetry.registries import Registries
 from carso.telemetry.workers import registries
 from carso.version import __version__
 
@@ -118,14 +120,16 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         raise SettingsError(
             f"{settings.called('certify')}: {settings.certify} is not allowed here; it must be off: {sessions.unproven}"
         )
+    shown = registries(whole) if isinstance(whole, Seat) else Registries.alone()
     metrics = Metrics(
         bundle,
         device=settings.device,
         provider=provider,
         precision=precision.precision,
         whole=whole,
-        registries=registries(whole) if isinstance(whole, Seat) else None,
+        registries=shown,
     )
+    alarms = Alarms(manifest, certify_eps=settings.certify_eps, whole=whole, registry=shown.shown)
     engine = Engine(
         Pipeline(
             sessions,
@@ -174,9 +178,15 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
     reader = Reader(manifest.input, max_images=settings.max_images, max_pixels=settings.max_pixels)
     _, height, width = manifest.input.shape
     intake = Intake(reader.read, pool, pixels=height * width)
+
+    def shadowed(outcome: Outcome, agrees: bool, caller: str | None) -> None:
+        metrics.shadowed(outcome, agrees)
+        alarms.elections([outcome], agree=[agrees], caller=caller)
+
     classification = Classification(
         engine,
         metrics=metrics,
+        alarms=alarms,
         trace=tracing.result if tracing else lambda job, result: None,
         classes=manifest.classes,
         allow_seed=settings.allow_seed,
@@ -189,7 +199,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             engine,
             share=settings.shadow,
             plan=VotePlan(samples=manifest.samples, risk=settings.risk),
-            counted=metrics.shadowed,
+            counted=shadowed,
             dropped=metrics.shadow_dropped,
         ).offer,
         unproven=sessions.unproven,

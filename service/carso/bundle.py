@@ -226,6 +226,25 @@ class NearDuplicates(_Strict):
     images: int = Field(gt=0)  # validation images that it was measured on
 
 
+class Proofs(_Strict):
+    """Of how many clean validation images the first pass's label is proven; ``carso.inference.certificate``."""
+
+    eps: float = Field(gt=0, le=1)  # in units of the input's values
+    images: int = Field(gt=0)
+    proven: int = Field(ge=0)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Proofs:
+        if self.proven > self.images:
+            raise ValueError(f"{self.proven} of {self.images} images cannot be proven")
+        return self
+
+    @property
+    def rate(self) -> float:
+        """In [0, 1]."""
+        return self.proven / self.images
+
+
 class Manifest(_Strict):
     """What a bundle is."""
 
@@ -244,6 +263,7 @@ class Manifest(_Strict):
     typical: Typical | None = None  # None: this bundle cannot tell
     disagreement: Disagreement | None = None  # None: not measured
     near_duplicates: NearDuplicates | None = None  # None: not measured
+    proofs: Proofs | None = None  # None: not measured
     unbounded: str | None = None  # why there is no first_pass_bounds.onnx, where its export was tried and failed
     files: dict[FileName, Sha256]
 

@@ -16,6 +16,7 @@ import torch
 import typer
 from carso import CarsoError, Client
 from carso.bundle import BOUNDS, MANIFEST, Bundle, BundleError
+from carso.choices import DEFAULT_EPS, LEAST_EPS
 from carso.inference.duplicates import REMEMBERED
 from carso.inference.runtime import InstallationError, check_runtime
 from carso.inference.sessions import DeviceError
@@ -35,7 +36,7 @@ from carso_training.networks.bounds import UnboundedLayerError
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness import plots
 from carso_training.robustness.blackbox import Service
-from carso_training.robustness.certified import certified
+from carso_training.robustness.certified import certified, proofs_of
 from carso_training.robustness.disagreement import disagreement_of
 from carso_training.robustness.duplicates import near_duplicates_of
 from carso_training.robustness.effort import EFFORTS, EffortName
@@ -341,6 +342,19 @@ def duplicates(
 @app.command()
 def bounds(
     folder: Annotated[Path, typer.Argument(metavar="BUNDLE", help="A bundle's folder.")],
+    *,
+    clean_rate: Annotated[
+        bool,
+        typer.Option(
+            "--clean-rate",
+            help="Also count the validation images that are proven, and put that into the manifest: the service's "
+            "alert compares traffic with this rate. It needs the data set.",
+        ),
+    ] = False,
+    eps: Annotated[
+        float, typer.Option(min=LEAST_EPS, max=1.0, help="Of --clean-rate: CARSO_CERTIFY_EPS, as you will set it.")
+    ] = DEFAULT_EPS,
+    source: DataFolder = None,
 ) -> None:
     """Add to a bundle the graph by which the service proves labels. Its networks stay as they are. `run` does this too.
 
@@ -358,6 +372,11 @@ def bounds(
         raise RunError(f"no label of {folder} can be proven: {e}") from None
     rewrite(bundle, files=files, unbounded=None)
     typer.echo(folder / BOUNDS)
+    if clean_rate:
+        bundle = Bundle.load(folder)
+        found = proofs_of(bundle, validation=images_of(bundle, "validation", given=source), eps=eps)
+        rewrite(bundle, proofs=found)
+        typer.echo(f"{folder}: {found.proven} of {found.images} validation images are proven at eps {eps:g}")
 
 
 @app.command()

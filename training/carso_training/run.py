@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
 import torch
-from carso.bundle import FIRST_PASS, VOTE, Bundle, Cell, Disagreement, NearDuplicates, Typical, sealed
+from carso.bundle import FIRST_PASS, VOTE, Bundle, Cell, Disagreement, NearDuplicates, Proofs, Typical, sealed
+from carso.choices import DEFAULT_EPS
 from carso.version import __version__
 from lightning_fabric import Fabric
 from pydantic import ValidationError
@@ -46,6 +47,7 @@ from carso_training.fitting.robust import train_robust
 from carso_training.networks import Classifier, Purifier, build_classifier, build_purifier
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.card import CARD, model_card
+from carso_training.robustness.certified import proofs_of
 from carso_training.robustness.disagreement import disagreement_of
 from carso_training.robustness.duplicates import near_duplicates_of
 from carso_training.robustness.published import PUBLISHED_ACCURACIES, PUBLISHED_FOR, RISK, measure
@@ -211,6 +213,9 @@ class Run:
             typical = self.typical(Bundle.load(part))
             disagreement = disagreement_of(Bundle.load(part), validation=self.validation, seed=self.recipe.seed)
             near = near_duplicates_of(Bundle.load(part), validation=self.validation, seed=self.recipe.seed)
+            proofs = None
+            if unbounded is None:
+                proofs = proofs_of(Bundle.load(part), validation=self.validation, eps=DEFAULT_EPS)
             (part / CARD).write_text(model_card(self.recipe, cells, risk=RISK, typical=typical))
             self._seal(
                 part,
@@ -218,6 +223,7 @@ class Run:
                 typical=typical,
                 disagreement=disagreement,
                 near_duplicates=near,
+                proofs=proofs,
                 unbounded=unbounded,
             )
             part.replace(target)
@@ -317,6 +323,7 @@ class Run:
         typical: Typical | None = None,
         disagreement: Disagreement | None = None,
         near_duplicates: NearDuplicates | None = None,
+        proofs: Proofs | None = None,
     ) -> None:
         sealed(
             folder,
@@ -338,6 +345,7 @@ class Run:
                 "typical": typical and typical.model_dump(),
                 "disagreement": disagreement and disagreement.model_dump(),
                 "near_duplicates": near_duplicates and near_duplicates.model_dump(),
+                "proofs": proofs and proofs.model_dump(),
                 "unbounded": unbounded,
             },
         )

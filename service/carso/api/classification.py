@@ -25,6 +25,7 @@ from carso.inference.duplicates import Recent
 from carso.inference.engine import Engine, EngineStopped
 from carso.inference.jobs import Certify, FirstSeen, Job, Kinds, News, Result, Standing, VotePlan
 from carso.options import FastOptions, RobustOptions
+from carso.telemetry.alarms import Alarms
 from carso.telemetry.metrics import Metrics
 
 
@@ -45,6 +46,7 @@ class Classification:
         engine: Engine,
         *,
         metrics: Metrics,
+        alarms: Alarms,
         trace: Callable[[Job, Result], None],
         classes: tuple[str, ...],
         allow_seed: bool,
@@ -63,6 +65,7 @@ class Classification:
         """
         self._engine = engine
         self._metrics = metrics
+        self._alarms = alarms
         self._trace = trace
         self._classes = classes
         self._allow_seed = allow_seed
@@ -96,13 +99,14 @@ class Classification:
         Raises CannotCertify, UntypicalImage, NearDuplicate, QueueFull, ClientGone, and the engine's errors.
         """
         exchange = Exchange.of(request.scope)
-        result = await self._run(request, Job(images, certify=self.certify(options)))
+        job = Job(images, certify=self.certify(options))
+        result = await self._run(request, job)
         self._metrics.result("fast", result, decode=decode)
         timings = answers.fast_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
         predictions = answers.fast_predictions(result, self._classes, self._bounds)
         if shadowed:
-            caller = None if exchange.caller is None else exchange.caller.name
-            self._shadow(images, [prediction["label"] for prediction in predictions], caller)
+            self._shadow(images, [prediction["label"] for prediction in predictions], _caller(exchange))
+        self._note_proofs(exchange, job, result)
         return self._told(exchange, "fast", result, predictions, timings)
 
     async def robust(
@@ -113,12 +117,14 @@ class Classification:
         *,
         decode: float,
         sampled: bool = True,
+        seen: bool = False,
         explain: bool = False,
         follow: Callable[[News], None] | None = None,
     ) -> Classified:
         """Answer with both passes of `images` [n, *shape] float32, which took `decode` seconds to decode.
 
         `sampled`: the images were not chosen for what they show, so that whether the paths agree on them is evidence.
+        `seen`: they had an answer of the fast path before, which has told whether they are proven.
         `explain`: whether the result has explanations. `follow`: as of Engine.run.
 
         Raises SeedRefused, CannotCertify, DeadlineExceeded, UntypicalImage, NearDuplicate, QueueFull, ClientGone, and
@@ -142,12 +148,20 @@ class Classification:
         predictions = answers.robust_predictions(result, plan, self._classes, self._bounds)
         agree = [prediction["agree"] for prediction in predictions]
         self._metrics.result("robust", result, decode=decode)
-        caller = None if exchange.caller is None else exchange.caller.name
-        self._metrics.elections(result.outcomes, agree=agree, sampled=sampled, caller=caller)
+        self._metrics.elections(result.outcomes, agree=agree, sampled=sampled)
+        if sampled:
+            self._alarms.elections(result.outcomes, agree=agree, caller=_caller(exchange))
+        if not seen:
+            self._note_proofs(exchange, job, result)
         exchange.votes = sum(outcome.votes for outcome in result.outcomes)
         exchange.agree = sum(agree)
         timings = answers.robust_timings(result.times, decode=decode, total=time.monotonic() - exchange.arrived)
         return self._told(exchange, "robust", result, predictions, timings)
+
+    def _note_proofs(self, exchange: Exchange, job: Job, result: Result) -> None:
+        if job.certify is not None and result.certificates is not None:
+            certified = [each is not None for each in result.certificates]
+            self._alarms.certified(certified, asked=job.certify, caller=_caller(exchange))
 
     def _told(
         self,
@@ -221,8 +235,7 @@ class Classification:
         if self._recent is None:
             return False
         near = self._recent.is_near(exchange.sender, job.images[first.image], first.code)
-        caller = None if exchange.caller is None else exchange.caller.name
-        self._metrics.near_duplicate(job.path, near, caller=caller)
+        self._metrics.near_duplicate(job.path, near, caller=_caller(exchange))
         exchange.near_duplicates = (exchange.near_duplicates or 0) + near
         if near and self._refuses_duplicates:
             sender = "this address" if exchange.caller is None else f"the key of {exchange.caller.name}"
@@ -232,3 +245,8 @@ class Classification:
                 "only mark them"
             )
         return near
+
+
+def _caller(exchange: Exchange) -> str | None:
+    """Return the name of the key that a request came with; None: the service asks for none."""
+    return None if exchange.caller is None else exchange.caller.name

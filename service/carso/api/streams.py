@@ -305,7 +305,7 @@ class Stream:
         votes = 0
         try:
             classified = await self._answering.classification.robust(
-                request, images, options, decode=decode, sampled=choice.drawn
+                request, images, options, decode=decode, sampled=choice.drawn, seen=True
             )
             votes = classified.result.outcomes[0].votes
             self._counted += 1

@@ -1,10 +1,12 @@
-"""Evidence of an attack: a sequential test of how often the two paths disagree, valid at every moment.
+"""Evidence of an attack: a sequential test of how often images show a sign of one, valid at every moment.
 
-**Promise.** Let p be a rate such that, whatever happened before, the chance that the paths disagree on the next image
-is at most p. Then the chance that `Evidence(p).value` ever reaches 1/a, over the whole life of the object, is at most
+Signs are that the two paths disagree, and that a label is not proven (``carso.telemetry.alarms``).
+
+**Promise.** Let p be a rate such that, whatever happened before, the chance that the next image shows the sign is at
+most p. Then the chance that `Evidence(p).value` ever reaches 1/a, over the whole life of the object, is at most
 a. It may be looked at after each image, and images need not be independent.
 
-**Proof.** Write x = 1 if the paths disagree on an image, else 0. For a rate q > p, one image multiplies a bet on q by
+**Proof.** Write x = 1 if an image shows the sign, else 0. For a rate q > p, one image multiplies a bet on q by
 f(x) = q/p if x = 1, and (1 - q)/(1 - p) if x = 0. If the chance of x = 1 is r <= p, the mean of f is
 r q/p + (1 - r)(1 - q)/(1 - p), which rises with r and is 1 at r = p. So the bet is a supermartingale that begins at 1.
 
@@ -27,7 +29,7 @@ from math import exp, lgamma, log, log1p, log10
 
 from carso.board.whole import Cell, Numbers, OwnCell
 
-# The share of the images on which an attack makes the paths disagree, beyond those on which they do anyway.
+# The share of the images that an attack makes show the sign, beyond those that show it anyway.
 SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)
 CEILING = 1e6  # of the evidence, so that it falls again within minutes once an attack is over
 # The chance of a false alarm is at most 1 %: 0.5 % that the true clean rate is above its bound, and 0.5 % that the
@@ -38,7 +40,7 @@ _BEGINNING: Numbers = (0, 1.0, *(0.0 for _ in SHARES))
 
 
 class Evidence:
-    """Evidence that the paths disagree on more images than a rate; the promise is that of the module.
+    """Evidence that more images show a sign than a rate says; the promise is that of the module.
 
     Workers that share its cell make one test of all their images, whose promise holds for as long as the cell is there.
     """
@@ -52,22 +54,22 @@ class Evidence:
         self._lost = [(1 - other) / (1 - rate) for other in rates]
         self._cell = cell or OwnCell()  # how many images were seen, what is in hand, and the bets
 
-    def add(self, disagree: bool) -> None:
+    def add(self, shown: bool) -> None:
         """Take note of one image. Takes the same time however many came before."""
-        self.add_all((disagree,))
+        self.add_all((shown,))
 
-    def add_all(self, disagree: Iterable[bool]) -> None:
+    def add_all(self, shown: Iterable[bool]) -> None:
         """Take note of several images, one after the other."""
 
         def noted(numbers: Numbers) -> Numbers:
             seen, in_hand, *bets = numbers or _BEGINNING
-            for other in disagree:
+            for one in shown:
                 seen += 1
                 before, in_hand = in_hand, 1 / (1 + log1p(seen))
                 staked = (before - in_hand) / len(SHARES)
-                factors = self._won if other else self._lost
+                factors = self._won if one else self._lost
                 bets = [(bet + staked) * factor for bet, factor in zip(bets, factors, strict=True)]
-                if other and (total := sum(bets)) > CEILING:
+                if one and (total := sum(bets)) > CEILING:
                     bets = [bet * (CEILING / total) for bet in bets]
             return seen, in_hand, *bets
 

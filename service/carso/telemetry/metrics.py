@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Literal, get_args
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
-from prometheus_client.registry import Collector
 
-from carso.board.whole import Part, TooManyNames, Whole
-from carso.bundle import Bundle, Disagreement
+from carso.board.whole import Part, Whole
+from carso.bundle import Bundle
 from carso.choices import CUDA, Device, PathName, Precision
 from carso.inference.admission import Admission
 from carso.inference.jobs import Ending, Outcome, Result, Spared, Step
 from carso.inference.thinning import Choice, Reason
 from carso.telemetry.cgroup import Cgroup
-from carso.telemetry.evidence import Evidence, upper_bound
 from carso.telemetry.gpus import Gpus
 from carso.telemetry.registries import Registries
 from carso.version import __version__
-
-log = logging.getLogger(__name__)
 
 # These are gauges beside every counter that tell when it began: half a page that nobody reads.
 disable_created_metrics()  # type: ignore[no-untyped-call]
@@ -33,7 +27,6 @@ SECONDS = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5
 ROWS = tuple(2**n for n in range(17))
 Stage = Literal["decode", "queue", "first_pass", "vote"]
 Cancelled = Literal["client_gone", "deadline", "stopping"]
-_EVIDENCE = "evidence"  # the cell of it; those of callers are below
 
 VOTES = (9, 12, 16, 20, 24, 32, 48, 64, 96, 128, 256, 512, 768, 1024, 1500, 2048, 4096, 10_000)
 
@@ -111,10 +104,6 @@ class Metrics:
             registry=registry,
         )
         self._agreement = {agree: agreement.labels(str(agree).lower()) for agree in (False, True)}
-        self._evidence: Evidence | None = None
-        self._of_callers: dict[str, Evidence] = {}
-        if bundle.manifest.disagreement is not None:
-            self._compare(bundle.manifest.disagreement)
         typical = self._counter(
             "carso_typical_images",
             "Images by whether they are like those that the bundle knows; others get labels that mean little.",
@@ -256,10 +245,10 @@ class Metrics:
             for reason in choice.why:
                 self._chosen[reason, choice.counted].inc()
 
-    def shadowed(self, outcome: Outcome, agrees: bool, caller: str | None) -> None:
+    def shadowed(self, outcome: Outcome, agrees: bool) -> None:
         """Observe the count of an image that only asked for the fast path."""
         self._shadow["agree" if agrees else "disagree"].inc()
-        self.elections([outcome], agree=[agrees], caller=caller)
+        self.elections([outcome], agree=[agrees])
 
     def shadow_dropped(self) -> None:
         """Count such an image that was drawn and could not be counted."""
@@ -278,29 +267,18 @@ class Metrics:
         if path == "robust":
             stages[path, "vote"].observe(times.finished - times.first_pass_done)
 
-    def elections(
-        self, outcomes: Iterable[Outcome], *, agree: Iterable[bool], sampled: bool = True, caller: str | None
-    ) -> None:
+    def elections(self, outcomes: Iterable[Outcome], *, agree: Iterable[bool], sampled: bool = True) -> None:
         """Observe the elections of a finished job, and whether each agrees with the fast path.
 
         `sampled`: False for images that were chosen for what they show, on which the paths disagree more often.
-        `caller`: the name of its key; None: the service asks for none.
         """
-        disagree = []
         for outcome, agrees in zip(outcomes, agree, strict=True):
             self._elections[outcome.ending].inc()
             if outcome.ending == "certificate":  # nothing was voted on: no votes to count, and no second path to agree
-                if (
-                    sampled
-                ):  # but the evidence needs it: without the proven images, clean ones would disagree more often
-                    disagree.append(False)
                 continue
             self._votes.observe(outcome.votes)
             if sampled:
                 self._agreement[agrees].inc()
-                disagree.append(not agrees)
-        for evidence in self._evidence_of(caller):
-            evidence.add_all(disagree)
 
     def typical(self, path: PathName, typical: Iterable[bool]) -> None:
         """Count images by whether they are typical."""
@@ -336,39 +314,6 @@ class Metrics:
         for reason, votes in step.spared.items():
             self._saved[reason].inc(votes)
 
-    def _compare(self, clean: Disagreement) -> None:
-        """Hold disagreement against the bundle's own from now on."""
-        self._bound = upper_bound(clean.disagree, clean.images)
-        rate = Gauge(
-            "carso_clean_disagreement_ratio",
-            "Share of clean validation images on which the bundle's paths disagree.",
-            registry=self._registry,
-        )
-        rate.set(clean.rate)
-        if self._bound < 1:
-            self._evidence = Evidence(self._bound, self._whole.cell(_EVIDENCE))
-            total = Gauge(
-                "carso_attack_evidence",
-                "log10 of the evidence that the paths disagree more than on clean images; an alarm at 2.302.",
-                registry=self._registry,
-            )
-            total.set_function(partial(getattr, self._evidence, "log10"))
-            self._registry.register(_EvidenceByCaller(self._whole, self._bound))
-
-    def _evidence_of(self, caller: str | None) -> list[Evidence]:
-        """Return what takes note of a caller's images: at most one more for each name in the files of keys."""
-        if self._evidence is None:
-            return []
-        if caller is None:
-            return [self._evidence]
-        if caller not in self._of_callers:
-            try:
-                self._of_callers[caller] = Evidence(self._bound, self._whole.cell(f"{_EVIDENCE}/{caller}"))
-            except TooManyNames as e:
-                log.error("there is no evidence of attacks by the key of %s: %s", caller, e)
-                self._of_callers[caller] = Evidence(self._bound)  # which is not shown
-        return [self._evidence, self._of_callers[caller]]
-
     def _by_caller(self) -> tuple[Counter, Counter]:
         """Return the counters of requests and of work by key. Without keys, there are no such series."""
         if self._callers is None:
@@ -391,23 +336,3 @@ class Metrics:
     def page(self) -> bytes:
         """Return all metrics in Prometheus' text format."""
         return generate_latest(self._registry)
-
-
-class _EvidenceByCaller(Collector):
-    """Shows the evidence of every caller, whichever worker it came to. Without keys, there are none."""
-
-    def __init__(self, whole: Whole, bound: float) -> None:
-        self._whole = whole
-        self._bound = bound
-
-    def collect(self) -> Iterator[Metric]:
-        cells = self._whole.cells(f"{_EVIDENCE}/")
-        if cells:
-            (family,) = self.describe()
-            for caller, cell in sorted(cells.items()):
-                family.add_metric([caller], Evidence(self._bound, cell).log10)
-            yield family
-
-    def describe(self) -> list[GaugeMetricFamily]:
-        text = "As carso_attack_evidence, of the images of one key."
-        return [GaugeMetricFamily("carso_caller_attack_evidence", text, labels=["caller"])]

@@ -6,11 +6,11 @@ There is no attack here and no chance, so all images of the split are counted, o
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
-from carso.bundle import Bundle, Cell, Threat
+from carso.bundle import Bundle, Cell, Proofs, Threat
 from carso.inference.certificate import rounded_up
 from carso.inference.sessions import Sessions
 
@@ -30,7 +30,7 @@ def certified(
     if the bundle has no bounds or its graphs do not run, and OSError.
     """
     sessions = Sessions(bundle, device="cpu", threads=threads)
-    parts = [data[slice(start, start + BATCH)] for start in range(0, len(data), BATCH)]
+    parts = list(_batches(data))
     labels = [sessions.first_pass(part.pixels().numpy()).probabilities.argmax(axis=1) for part in parts]
     right = np.concatenate([found == part.labels.numpy() for found, part in zip(labels, parts, strict=True)])
     measured = figures.measured(bundle, split=split, subset=f"all {len(data)}", device="cpu")
@@ -65,3 +65,22 @@ def certified(
         figures.write(out, figure)
         made.append(figure)
     return made
+
+
+def proofs_of(bundle: Bundle, *, validation: Examples, eps: float) -> Proofs:
+    """Count the `validation` images, which nothing was trained on, whose first pass's label is proven within `eps`.
+
+    The service compares traffic with this rate. Raises DeviceError if the bundle has no bounds, or its graphs do not
+    run.
+    """
+    sessions, proven = Sessions(bundle, device="cpu"), 0
+    for part in _batches(validation):
+        images = part.pixels().cpu().numpy()
+        labels = sessions.first_pass(images).probabilities.argmax(axis=1)
+        proven += int((sessions.margins(images, labels, np.full(len(images), rounded_up(eps))) > 0).sum())
+    return Proofs(eps=eps, images=len(validation), proven=proven)
+
+
+def _batches(data: Examples) -> Iterator[Examples]:
+    for start in range(0, len(data), BATCH):
+        yield data[slice(start, start + BATCH)]
