@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from carso.bundle import Bundle
+from carso.bundle import Bundle, Cell, Threat
 from carso.inference.sessions import Sessions
 from carso_training.datasets import dataset
 from carso_training.datasets.examples import Examples
@@ -164,6 +164,22 @@ def test_the_bundle_says_how_it_was_trained_and_its_table_is_of_the_hardened_net
 def test_the_card_of_a_published_system_does_not_speak_of_hardening(bundle):
     published = RECIPE.model_copy(update={"hardening": None})
     assert "*hardened*" not in model_card(published, bundle.manifest.table, risk=1e-6)
+
+
+def test_the_card_says_how_a_first_pass_was_trained_that_stays_as_it_is(bundle):
+    for preset, how in (
+        ("mnist-conv", "by strong attacks alone"),
+        ("mnist-certified", "for interval bounds up to eps 0.40"),
+    ):
+        card = model_card(PRESETS[preset], bundle.manifest.table, risk=1e-6)
+        assert f"The classifier of the first pass was trained {how}" in card
+
+
+def test_the_card_says_what_is_proven(bundle):
+    threat = Threat(attack="certified", norm="linf", eps=0.30, sees="classifier")
+    proven = Cell(defence="classifier", threat=threat, correct=884, images=1000, published=None)
+    assert "| eps 0.30 | 88.40 [86.27, 90.24] |" in model_card(PRESETS["mnist-certified"], [proven], risk=1e-6)
+    assert "*proven*" not in model_card(PRESETS["mnist-certified"], bundle.manifest.table, risk=1e-6)
 
 
 # --- attacks ----------------------------------------------------------------------------------------------------------

@@ -68,10 +68,14 @@ images, on images attacked through both passes at eps {eps}, and on images attac
 first pass."""
 HARDENED_BEHIND = """
 
-The classifier of the first pass was trained by strong attacks alone. It then stayed as it was, while all that comes \
-after it was *hardened*: trained on, end to end, on clean images, on images attacked through both passes at eps {eps}, \
-and on images attacked on the first pass alone at eps {first_pass_eps}. The second pass became a classifier of its \
-own, which votes. In the tables, *IAT* is the classifier of the first pass."""
+The classifier of the first pass was trained {how}. It then stayed as it was, while all that comes after it was \
+*hardened*: trained on, end to end, on clean images, on images attacked through both passes at eps {eps}, and on \
+images attacked on the first pass alone at eps {first_pass_eps}. The second pass became a classifier of its own, which \
+votes. In the tables, *IAT* is the classifier of the first pass."""
+BY_ATTACKS = "by strong attacks alone"
+FOR_BOUNDS = """\
+for interval bounds up to eps {eps:.2f}, so that for many images its label can be proven to be the same for every \
+image within a smaller eps"""
 NETWORKS = {"fcn": "those of that work", "conv": "convolutional"}
 
 EXPLANATIONS: dict[Kind, str] = {
@@ -86,6 +90,10 @@ EXPLANATIONS: dict[Kind, str] = {
 EFFORT = (
     "The first table was measured with effort *{effort}* on {images} test images. `carso-train evaluate` makes it "
     "again, and tries harder with `--effort thorough`."
+)
+PROVEN = (
+    "What is *proven* needs no attack: `first_pass_bounds.onnx` computes that the classifier gives all images within "
+    "eps the same label, and these labels are right."
 )
 FAILED_ATTACK = (
     "Accuracy above chance at eps 0.50 means that the attack failed, not that the defence held: 40 steps of 0.01 "
@@ -109,6 +117,8 @@ def model_card(
     sentences = [text for kind, text in EXPLANATIONS.items() if kind in kinds]
     efforts = {(str(c.threat.settings.get("effort")), c.images) for c in cells if c.kind == "adaptive"}
     sentences += [EFFORT.format(effort=effort, images=images) for effort, images in sorted(efforts) if effort != "None"]
+    if any(cell.threat.attack == "certified" for cell in cells):
+        sentences.append(PROVEN)
     if any(cell.threat.name == "pgd-0.50" for cell in cells):
         sentences.append(FAILED_ATTACK)
     norms = dict.fromkeys(NORMS[cell.threat.norm] for cell in cells if cell.kind != "clean")
@@ -125,7 +135,7 @@ def model_card(
         images=" or ".join(str(count) for count in images),
         samples=recipe.samples,
         risk=risk,
-        hardening="" if recipe.hardening is None else _hardened(recipe.hardening),
+        hardening="" if recipe.hardening is None else _hardened(recipe, recipe.hardening),
         table=as_markdown(cells),
         explanation=" ".join(sentences),
         typical="" if typical is None else TYPICAL.format(table=typical_as_markdown(typical)),
@@ -138,9 +148,13 @@ def _shipped(samples: Samples) -> str:
     return SAMPLES.format(count=len({sample.index for sample in samples.images}), split=samples.split)
 
 
-def _hardened(hardening: Hardening) -> str:
+def _hardened(recipe: Recipe, hardening: Hardening) -> str:
     def listed(strengths: Strengths) -> str:
         return " or ".join(f"{eps:.2f}" for eps, _ in strengths)
 
-    text = HARDENED if hardening.train_first_pass else HARDENED_BEHIND
-    return text.format(eps=listed(hardening.eps), first_pass_eps=listed(hardening.first_pass_eps))
+    given = {"eps": listed(hardening.eps), "first_pass_eps": listed(hardening.first_pass_eps)}
+    if hardening.train_first_pass:
+        return HARDENED.format(**given)
+    certified = recipe.certified_training
+    how = BY_ATTACKS if certified is None else FOR_BOUNDS.format(eps=certified.eps)
+    return HARDENED_BEHIND.format(how=how, **given)
