@@ -277,6 +277,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         endpoints=[path for route in app.routes if (path := getattr(route, "path", None))],
         metrics=metrics,
         lifecycle=lifecycle,
+        origins=settings.cors_origins.split(",") if settings.cors_origins else (),
     )
     grpc = _grpc(settings, models, probes, keys=keys, bodies=bodies, metrics=metrics)
     if tracing:
@@ -297,6 +298,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         unread=partial(unread, metrics),
         state=lambda: probes.state,
         served=served,
+        web_socket=STREAM,
         grpc=grpc,
     )
 

@@ -58,6 +58,10 @@ class SeedRefused(RequestError):
     """The operator does not let callers choose the seed."""
 
 
+class OriginRefused(RequestError):
+    """A page of another origin asks for a WebSocket, and the operator does not let it."""
+
+
 class EvidenceWithheld(RequestError):
     """The operator withholds what the answer would show."""
 

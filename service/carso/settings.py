@@ -319,8 +319,8 @@ class Settings(BaseModel):
         shown="none: no other page's script may call",
         min_length=1,
         pattern=r"^[*]?(https?://[^/, ]+,?)*$",
-        description="Origins whose pages' scripts may call from a browser: https://a.example,https://b.example, or * "
-        "for all.",
+        description="Origins whose pages' scripts may call from a browser, by WebSocket too: "
+        "https://a.example,https://b.example, or * for all.",
     )
     typical: Checked = _security(
         default="robust",

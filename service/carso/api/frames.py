@@ -107,7 +107,7 @@ class StreamEnd(_Line):
     """The last line. Frames that were sent and have no answer by then were not looked at."""
 
     end: End = Field(
-        description="complete: the request's body ended. stopping: the service does; go on with another stream. idle: "
+        description="complete: there are no more frames. stopping: the service does; go on with another stream. idle: "
         "no line came for too long. failed: the engine did."
     )
     message: str

@@ -180,6 +180,7 @@ def add_stream(
         handler,
         methods=["POST"],
         summary="Classify frames by the first pass, and those that a policy chooses by vote too",
+        description="The same path speaks WebSocket: each message is a line.",
         responses={
             200: {"description": "Successful Response", "content": {NDJSON: {"schema": answered}}},
             **responses(*STREAM_ERRORS),

@@ -1,4 +1,4 @@
-"""POST /classify/stream: a fast answer to every frame at once, and the robust one to those that a policy chooses."""
+"""/classify/stream: a fast answer to every frame at once, and the robust one to those that a policy chooses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,9 @@ from fastapi import FastAPI
 from pydantic_core import to_json
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import WebSocketRoute
 from starlette.types import Message, Receive, Scope, Send
+from starlette.websockets import WebSocket
 
 from carso.api import answers, frames, openapi
 from carso.api.classification import Classification, Classified
@@ -27,6 +29,7 @@ from carso.choices import Evidence, PathName
 from carso.errors import ClientGone, EngineFailed, InternalError, InvalidParameter, NotReady, Overloaded, RequestError
 from carso.http.exchange import Exchange
 from carso.http.lines import BodyLines, Lines, gone
+from carso.http.messages import MessageLines
 from carso.http.refusals import as_request_error
 from carso.images import json_values
 from carso.inference.thinning import Choice, Policy, Thinning
@@ -41,7 +44,7 @@ _COUNT = {"samples", "risk", "deadline_ms", "certify", "certify_eps"}  # options
 BUSY = 1.0  # seconds of work that the robust path owes, from which on a stream takes it for busy
 HEARTBEAT = 15.0  # seconds of silence after which an empty line is sent: proxies close what is silent for 60
 _ENDS: dict[End, str] = {
-    "complete": "the request's body ended",
+    "complete": "there are no more frames",
     "stopping": "the service is stopping: send the frames that have no answer over another stream",
     "idle": "no frame came for too long: open another stream when there is one",
     "failed": "the engine takes no more work: send the frames that have no answer over another stream, to another "
@@ -91,16 +94,25 @@ class Streams:
         openapi.add_stream(
             app, PATH, self.stream, options=self._options, spec=self._answering.spec, lines=frames.schema()
         )
+        app.router.routes.append(WebSocketRoute(PATH, self.talk))
 
     async def stream(self, request: Request) -> Response:
         """Answer with a stream. Raises the errors of its options, CannotCertify, NotReady, and Overloaded."""
-        options = parse(self._options, request.scope["query_string"], {})
+        asked = self._asked(request.scope["query_string"])
+        return _Streamed(partial(self._run, *asked), longest=self._answering.bounds.longest_line)
+
+    async def talk(self, websocket: WebSocket) -> None:
+        """Answer with a stream over a WebSocket. Raises what `stream` does, before the handshake is answered."""
+        asked = self._asked(websocket.scope["query_string"])
+        await self._run(*asked, Exchange.of(websocket.scope), MessageLines(websocket))
+
+    def _asked(self, query: bytes) -> tuple[StreamOptions, Policy]:
+        options = parse(self._options, query, {})
         policy = self._policy(options)
         self._answering.classification.certify(options)
         if self._answering.lifecycle.draining:
             raise NotReady("the service is stopping: open this stream again, at another replica if any")
-        options = options.model_copy(update={"max_rate": policy.max_rate})
-        return _Streamed(partial(self._run, options, policy), longest=self._answering.bounds.longest_line)
+        return options.model_copy(update={"max_rate": policy.max_rate}), policy
 
     async def _run(self, options: StreamOptions, policy: Policy, exchange: Exchange, lines: Lines) -> None:
         """Answer the frames on `lines` until they end. Raises Overloaded before anything is answered."""

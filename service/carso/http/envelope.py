@@ -13,12 +13,13 @@ import re
 import time
 from collections.abc import Collection, Iterable
 from http import HTTPStatus
+from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from carso.board.whole import Whole
 from carso.complaints import shown
-from carso.errors import BodyTooLarge, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
+from carso.errors import BodyTooLarge, OriginRefused, Overloaded, RequestError, RequestTimeout, UnsupportedMediaType
 from carso.http.exchange import Exchange, without_prefix
 from carso.http.keys import ApiKeys
 from carso.http.refusals import answer, as_request_error
@@ -91,10 +92,12 @@ class Envelope:
         endpoints: Iterable[str],
         metrics: Metrics,
         lifecycle: Lifecycle,
+        origins: Collection[str] = (),
     ) -> None:
         """`receive_timeout` is in seconds, for one body. The paths in `keyless` need no key. Those in `endless` bound
         their bodies themselves, which need not end. Metrics name the paths in `endpoints` and count all others as one,
-        or callers could invent labels.
+        or callers could invent labels. `origins`: of the pages that may speak WebSocket, beside the service's own; "*":
+        all.
         """
         self._app = app
         self._max_body_bytes = max_body_bytes
@@ -106,15 +109,17 @@ class Envelope:
         self._endpoints = frozenset(endpoints)
         self._metrics = metrics
         self._lifecycle = lifecycle
+        self._origins = frozenset(origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
         headers = dict(scope["headers"])
         exchange = begin(headers.get(b"x-request-id", b""), headers.get(b"traceparent", b""))
         exchange.host, _ = scope.get("client") or ("", 0)
-        method: str = scope["method"]
+        method: str = scope.get("method", "GET")  # that of a WebSocket, until it begins
+        talks = scope["type"] == "websocket"
         if method == "HEAD":  # wherever there is GET; the server leaves out the body
             scope = {**scope, "method": "GET"}
         exchange.attach(scope)
@@ -123,9 +128,11 @@ class Envelope:
         try:
             if self._keys is not None and path not in self._keyless:
                 exchange.caller = self._keys.check(headers.get(b"authorization", b""))
-                if method == "POST":  # before the body is read, so that a caller who has used up its rate costs little
+                if method == "POST" or talks:  # before a body is read: who has used up its rate costs little
                     exchange.caller.check()
-            if path in self._endless:
+            if talks:
+                self._check_origin(headers)
+            elif path in self._endless:
                 _check_coding(headers)
             else:
                 receive = self._limited(receive, headers, exchange)
@@ -150,6 +157,15 @@ class Envelope:
             endpoint = path if path in self._endpoints else "other"
             level = logging.DEBUG if path in PROBES else logging.INFO
             account(self._metrics, exchange, endpoint=endpoint, method=method, level=level)
+
+    def _check_origin(self, headers: dict[bytes, bytes]) -> None:
+        """Raise OriginRefused for a page of another origin: browsers let any page speak to any host by WebSocket."""
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        own = headers.get(b"host", b"").decode("latin-1")
+        if origin and urlsplit(origin).netloc != own and not self._origins & {origin, "*"}:
+            raise OriginRefused(
+                f"pages of {shown(origin)} may not open streams here: ask the operator to name it in CARSO_CORS_ORIGINS"
+            )
 
     def _limited(self, receive: Receive, headers: dict[bytes, bytes], exchange: Exchange) -> Receive:
         """Return a `receive` that takes no more of a body than is allowed, and waits no longer for it than is allowed.
@@ -250,8 +266,8 @@ def _with_headers(send: Send, exchange: Exchange, *, closing: bool) -> Send:
     """
 
     async def sender(message: Message) -> None:
-        if message["type"] == "http.response.start":
-            exchange.status = message["status"]
+        if message["type"] in ("http.response.start", "websocket.http.response.start", "websocket.accept"):
+            exchange.status = message.get("status", HTTPStatus.SWITCHING_PROTOCOLS)
             own = message.get("headers", ())
             added = [*_HEADERS, (b"x-request-id", exchange.request_id.encode())]
             if all(name != _NO_CONTENT[0] for name, _ in own):

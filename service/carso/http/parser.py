@@ -20,12 +20,16 @@ NOT_HTTP = "this is not an HTTP/1.1 request: use an HTTP client"
 HEAD_BYTES = 64 * 2**10  # request line and headers; nginx takes 32 KiB, Apache 8 KiB a line
 LAST = 1.0  # seconds that a new connection has to begin its first request, once the port is closed
 GRACE = 1.0  # seconds to wait for a body's end longer than the application does, which then answers 408
+KEY_BYTES = 24  # of a handshake of WebSocket: base64 of 16
 
 
-def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> type[HttpToolsProtocol]:
+def bounded(
+    receive_timeout: float, unread: Callable[[RequestError], bytes], *, web_socket: str
+) -> type[HttpToolsProtocol]:
     """Return the protocol. It gives a client `receive_timeout` seconds for a request's head, and as many for its body.
 
-    `unread` makes the whole answer to what is refused here, before the application sees it.
+    `unread` makes the whole answer to what is refused here, before the application sees it. `web_socket`: the path at
+    which an offer of WebSocket is taken, without a prefix.
     """
 
     class Bounded(HttpToolsProtocol):
@@ -41,6 +45,7 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
             # bytes since a message began, its headers ended, or some of its body came: of its head, or of trailers and
             # what else surrounds the chunks of a body; None: no message is under way
             self._head: int | None = 0
+            self._upgraded = False  # the connection is no longer ours
 
         def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
             super().connection_made(transport)
@@ -50,6 +55,8 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
             if self._head is not None:
                 self._head += len(data)
             super().data_received(data)  # may end this head, and begin others
+            if self._upgraded:
+                return
             if not self._timed:
                 self._close_after(self._seconds)
             if self._head is not None:
@@ -84,6 +91,28 @@ def bounded(receive_timeout: float, unread: Callable[[RequestError], bytes]) -> 
             self._head = None
             self._begin(None)
             super().on_message_complete()
+
+        def takes_upgrade(self) -> bool:
+            """Tell whether a GET offers WebSocket where streams are, and no answer to an earlier request is due."""
+            headers = dict(self.headers)
+            return (
+                self.parser.get_method() == b"GET"
+                and self._should_upgrade()
+                and headers.get(b"sec-websocket-version") == b"13"
+                and len(headers.get(b"sec-websocket-key", b"")) == KEY_BYTES
+                and self.url.partition(b"?")[0].endswith(web_socket.encode())
+                and (self.cycle is None or self.cycle.response_complete)
+            )
+
+        def handle_websocket_upgrade(self) -> None:
+            self._upgraded = True
+            self._close_after(None)
+            super().handle_websocket_upgrade()
+            talk: Any = self.transport.get_protocol()
+            if not talk.handshake_initiated:  # its parser takes less than ours
+                self._refuse(
+                    HeadTooLarge("a header of a WebSocket has more than 8 KiB, or there are too many: send fewer")
+                )
 
         def shutdown(self) -> None:
             """Close the connection once no request can be on its way, as the port is closed.

@@ -55,6 +55,7 @@ class Service:
     unread: Callable[[RequestError], bytes]  # makes the whole answer to a request that the HTTP parser refuses
     state: Callable[[], State]  # tells whether the engine is well
     served: dict[str, object]  # what the log and a supervisor are told of it
+    web_socket: str  # the path at which WebSocket is spoken
     grpc: Grpc | None  # None: this service speaks HTTP only
 
 

@@ -15,6 +15,7 @@ import uvicorn
 from carso.http.listening import addresses, listen, urls
 from carso.http.parser import bounded
 from carso.http.server import Post, Server, Service
+from carso.http.web_socket import WebSocket
 from carso.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -42,8 +43,10 @@ def run(
     _settle()
     config = uvicorn.Config(
         service.app,
-        http=bounded(settings.receive_timeout_s, service.unread),
-        ws="none",  # an offer of WebSocket is ignored, like that of any other protocol
+        http=bounded(settings.receive_timeout_s, service.unread, web_socket=service.web_socket),
+        ws=WebSocket,
+        ws_max_size=settings.stream_line_bytes,
+        ws_per_message_deflate=False,  # encoded images do not get smaller, and other messages might get very large
         lifespan="on",
         log_config=None,  # uvicorn's loggers join ours
         access_log=False,  # carso.http.envelope writes that line

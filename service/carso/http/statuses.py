@@ -16,7 +16,7 @@ _STATUSES: dict[int, tuple[type[RequestError], ...]] = {
         errors.MalformedRequest,
     ),
     401: (errors.Unauthorized,),
-    403: (errors.SeedRefused, errors.EvidenceWithheld),
+    403: (errors.SeedRefused, errors.OriginRefused, errors.EvidenceWithheld),
     404: (errors.NotFound,),
     405: (errors.MethodNotAllowed,),
     408: (errors.RequestTimeout,),

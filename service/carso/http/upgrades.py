@@ -1,4 +1,5 @@
-"""A parser of HTTP/1.1 requests that ignores offers to speak another protocol, as RFC 9110 (7.8) lets a server do.
+"""A parser of HTTP/1.1 requests that ignores offers to speak another protocol, as RFC 9110 (7.8) lets a server do, but
+for those that its protocol takes.
 
 Java's HttpClient offers HTTP/2 with every request (`Upgrade: h2c`), and so does `curl --http2`. httptools stops at the
 end of such a head, and never reads the body behind it.
@@ -24,24 +25,32 @@ class SteadfastParser:
     """
 
     def __init__(self, protocol: Any) -> None:
-        """`protocol` has the methods that HttpRequestParser calls."""
+        """`protocol` has the methods that HttpRequestParser calls, and `takes_upgrade`, which is asked at the end of a
+        head that offers one.
+        """
         self._protocol = protocol
+        self._taken = False
         self._parser = self._begin({name: getattr(protocol, name) for name in _CALLBACKS})
 
     def feed_data(self, data: bytes | memoryview) -> None:
-        """Parse the next bytes of the connection. Raises HttpParserError; what then follows cannot be parsed."""
+        """Parse the next bytes of the connection. Raises HttpParserUpgrade at the end of a head whose offer is taken,
+        and HttpParserError; what then follows cannot be parsed.
+        """
         while True:
             try:
                 self._parser.feed_data(data)
             except httptools.HttpParserUpgrade as e:
+                if self._taken:
+                    raise
                 self._go_on()
                 data = memoryview(data)[e.args[0] :]  # not copied: one packet may hold many such requests
             else:
                 return
 
     def should_upgrade(self) -> bool:
-        """Return False: no offer is taken."""
-        return False
+        """Tell, from on_headers_complete on, whether this head offers an upgrade that is taken."""
+        self._taken = self._parser.should_upgrade() and self._protocol.takes_upgrade()
+        return self._taken
 
     def should_keep_alive(self) -> bool:
         """Tell, from on_headers_complete on, whether another request may follow this one."""

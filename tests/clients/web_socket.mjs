@@ -1,0 +1,13 @@
+// Talks to a stream by the WebSocket that Node and browsers have, and prints its lines and how it was closed:
+// `node --experimental-websocket web_socket.mjs URL IMAGE` (base64). From Node 22 on, the option is not needed.
+
+const [url, image] = process.argv.slice(2)
+const socket = new WebSocket(url)
+socket.onmessage = ({ data }) => {
+  console.log(data)
+  if ('stream' in JSON.parse(data)) {
+    socket.send(JSON.stringify({ image }))
+    socket.send('{"end": true}')
+  }
+}
+socket.onclose = ({ code }) => console.log(code)
