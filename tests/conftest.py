@@ -64,6 +64,23 @@ def endless_client(endless_server: Server) -> Iterator[httpx.Client]:
         yield connected
 
 
+@pytest.fixture(scope="session")
+def narrow_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server for one stream at a time, below a prefix, for pages of one other origin, whose clients must be quick
+    with their requests. It says on both paths what is typical."""
+    limits = {"max_streams": 1, "receive_timeout_s": 0.1, "typical": "all"}
+    edges = {"root_path": "/vision", "cors_origins": "https://a.example"}
+    with serving(shared_bundle(SMALL), tmp_path_factory.mktemp("narrow") / "log", **limits, **edges) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def impatient_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One server that ends a stream after a second in which nothing comes, or is taken."""
+    with serving(shared_bundle(SMALL), tmp_path_factory.mktemp("impatient") / "log", stream_idle_s=1) as running:
+        yield running
+
+
 @pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """Let PyTorch use one thread: networks this small are as fast, and do not stall where a core is busy."""

@@ -20,6 +20,7 @@ from carso_training.robustness import duplicates
 
 from tests.bundles import COLOUR, NEAR, SMALL, random_images, shared_bundle
 from tests.calls import as_npy, logged, refused, sample
+from tests.duplex import streaming
 from tests.grpc_calls import call, channel, inference, predictions
 from tests.pictures import npy
 from tests.server import Server, serving
@@ -184,6 +185,17 @@ def test_the_open_inference_protocol_and_grpc_say_it_too_and_know_the_caller_by_
         (found,) = (output["data"] for output in answer["outputs"] if output["name"] == "near_duplicate")
         assert found == [False]
         assert predictions(call(remote, "ModelInfer", inference(changed[None])))["near_duplicate"] == [True]
+
+
+def test_the_frames_of_a_stream_are_compared_with_all_that_its_address_sent(marking, pairs):
+    first, changed = pairs[19]
+    with marking.client() as client:
+        as_npy("/classify/fast", client, first)
+    with streaming(marking, rate=1) as stream:
+        for image, near in ((first, False), (changed, True)):
+            stream.send(image.tolist())
+            answers = stream.line(), stream.line()
+            assert [answer["prediction"]["near_duplicate"] for answer in answers] == [near, near]
 
 
 def test_the_python_client_has_it(marking, pairs):

@@ -198,11 +198,14 @@ def test_a_budget_that_is_spent_leaves_frames_uncounted_and_says_so(server):
     assert sample(server.metrics(), 'carso_stream_frames_chosen_total{counted="false",reason="rate"}') >= 1
 
 
-def test_untypical_frames_are_chosen_where_the_fast_path_looks_at_that(tmp_path):
-    with (
-        serving(shared_bundle(SMALL), tmp_path / "log", typical="all") as server,
-        streaming(server, rate=0, untypical="true") as stream,
-    ):
+def no_stream(server: Server) -> None:
+    """Wait until those of other tests have ended."""
+    comes_to(lambda: sample(server.metrics(), "carso_streams"), 0)
+
+
+def test_untypical_frames_are_chosen_where_the_fast_path_looks_at_that(narrow_server):
+    no_stream(narrow_server)
+    with streaming(narrow_server, rate=0, untypical="true") as stream:
         for image in VALUES:
             stream.send(image.tolist())
             fast = stream.line()
@@ -230,6 +233,7 @@ def test_a_full_stream_reads_no_further_until_a_count_ends(tmp_path):
     assert end["counted"] == 3
 
 
+@pytest.mark.slow  # the service notices the hang-up with the next line that it sends, after 15 s of silence
 def test_a_client_that_sends_more_than_is_done_is_slowed_down(endless_server):
     with streaming(endless_server, rate=1, samples=100_000, risk=0) as stream:
         for number in range(9):  # eight are counted for a long time
@@ -289,11 +293,9 @@ def test_a_queue_that_is_full_refuses_a_frame_and_not_the_stream(endless_server)
     comes_to(lambda: in_flight(endless_server), 0)
 
 
-def test_a_stream_outlives_the_time_that_a_body_may_take(tmp_path):
-    with (
-        serving(shared_bundle(SMALL), tmp_path / "log", receive_timeout_s=0.1) as server,
-        streaming(server, rate=1) as stream,
-    ):
+def test_a_stream_outlives_the_time_that_a_body_may_take(narrow_server):
+    no_stream(narrow_server)
+    with streaming(narrow_server, rate=1) as stream:
         for _ in range(3):
             time.sleep(0.7)  # more than the timeout and its grace, together
             stream.send()
@@ -302,11 +304,8 @@ def test_a_stream_outlives_the_time_that_a_body_may_take(tmp_path):
         assert stream.lines()[-1]["end"] == "complete"
 
 
-def test_an_idle_stream_is_ended(tmp_path):
-    with (
-        serving(shared_bundle(SMALL), tmp_path / "log", stream_idle_s=1) as server,
-        streaming(server, rate=0) as stream,
-    ):
+def test_an_idle_stream_is_ended(impatient_server):
+    with streaming(impatient_server, rate=0) as stream:
         stream.send()
         assert stream.line()["path"] == "fast"
         stream.send_text(b'{"image": ')  # the beginning of a line is none
@@ -314,24 +313,23 @@ def test_an_idle_stream_is_ended(tmp_path):
     assert (end["end"], end["frames"]) == ("idle", 1)
 
 
-def test_a_client_that_takes_no_answers_is_cut_off(tmp_path):
-    with serving(shared_bundle(SMALL), tmp_path / "log", stream_idle_s=1, evidence="full") as server:
-        connection = socket.socket()
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        with connection:
-            address = httpx.URL(server.url)
-            connection.settimeout(PATIENCE)
-            connection.connect((address.host, address.port))
-            connection.sendall(b"POST /classify/stream?rate=0 HTTP/1.1\r\nhost: x\r\nx-request-id: deaf\r\n")
-            connection.sendall(b"transfer-encoding: chunked\r\n\r\n")
-            frames = b'{"id": "%s"}\n' % (b"x" * 100) * 500
-            with pytest.raises(OSError):  # reset, or a broken pipe
-                while True:
-                    connection.sendall(b"%x\r\n%s\r\n" % (len(frames), frames))
-        (line,) = logged(server, "deaf")
+def test_a_client_that_takes_no_answers_is_cut_off(impatient_server):
+    connection = socket.socket()
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    with connection:
+        address = httpx.URL(impatient_server.url)
+        connection.settimeout(PATIENCE)
+        connection.connect((address.host, address.port))
+        connection.sendall(b"POST /classify/stream?rate=0 HTTP/1.1\r\nhost: x\r\nx-request-id: deaf\r\n")
+        connection.sendall(b"transfer-encoding: chunked\r\n\r\n")
+        frames = b'{"id": "%s"}\n' % (b"x" * 100) * 500
+        with pytest.raises(OSError):  # reset, or a broken pipe
+            while True:
+                connection.sendall(b"%x\r\n%s\r\n" % (len(frames), frames))
+    (line,) = logged(impatient_server, "deaf")
     assert line["error"] == "client_gone"
-    assert "Traceback" not in server.log.read_text()
-    assert "without completing" not in server.log.read_text()
+    assert "Traceback" not in impatient_server.log.read_text()
+    assert "without completing" not in impatient_server.log.read_text()
 
 
 def test_a_server_that_stops_answers_what_it_has_read_and_says_why_it_ends(tmp_path):
@@ -373,9 +371,10 @@ def test_an_engine_that_fails_ends_the_stream(tmp_path):
         assert (error["id"], error["error"], end["end"]) == ("first", "engine_failed", "failed")
 
 
-def test_there_are_as_many_streams_as_the_operator_allows(tmp_path):
-    with serving(shared_bundle(SMALL), tmp_path / "log", max_streams=1) as server, server.client() as client:
-        with streaming(server) as stream:
+def test_there_are_as_many_streams_as_the_operator_allows(narrow_server):
+    no_stream(narrow_server)
+    with narrow_server.client() as client:
+        with streaming(narrow_server) as stream:
             refusal = client.post(PATH)
             assert "1 streams are open, and at most 1" in refused(refusal, 429, "overloaded")
             assert refusal.headers["retry-after"] == "1"

@@ -84,14 +84,6 @@ def refusal(server: Server, connected: dict[str, Any] | None = None, **options: 
     return response.status_code, content["error"], content["message"]
 
 
-@pytest.fixture(scope="module")
-def strict(tmp_path_factory) -> Iterator[Server]:
-    """A server below a prefix, for one stream, whose clients must be quick, and for pages of one other origin."""
-    settings = {"root_path": "/vision", "max_streams": 1, "receive_timeout_s": 0.1, "cors_origins": "https://a.example"}
-    with serving(shared_bundle(SMALL), tmp_path_factory.mktemp("strict") / "log", **settings) as running:
-        yield running
-
-
 def test_each_message_is_a_line_and_a_frame_may_depend_on_the_last_answer(server):
     with talking(server, rate=1) as talk:
         assert talk.first["options"]["rate"] == 1
@@ -142,12 +134,12 @@ def test_a_message_that_is_too_long_ends_the_connection(server):
     comes_to(lambda: sample(server.metrics(), "carso_streams"), 0)
 
 
-def test_a_stream_that_cannot_begin_is_refused_as_any_request_is(server, strict):
+def test_a_stream_that_cannot_begin_is_refused_as_any_request_is(server, narrow_server):
     status, error, message = refusal(server, rate=2)
     assert (status, error) == (422, "invalid_parameter")
     assert "rate: '2' is not allowed" in message
-    with talking(strict):
-        assert refusal(strict)[:2] == (429, "overloaded")
+    with talking(narrow_server):
+        assert refusal(narrow_server)[:2] == (429, "overloaded")
 
 
 def test_keys_open_streams_and_pay_for_their_frames(tmp_path):
@@ -168,34 +160,34 @@ def test_keys_open_streams_and_pay_for_their_frames(tmp_path):
         assert refusal(server, spent)[:2] == (429, "overloaded")
 
 
-def test_pages_of_other_origins_open_no_streams_unless_the_operator_lets_them(server, strict):
+def test_pages_of_other_origins_open_no_streams_unless_the_operator_lets_them(server, narrow_server):
     foreign = {"origin": "https://a.example"}
     assert refusal(server, foreign)[:2] == (403, "origin_refused")
     with talking(server, connected={"origin": server.url}):
         pass
-    with talking(strict, connected=foreign):
+    with talking(narrow_server, connected=foreign):
         pass
-    assert refusal(strict, {"origin": "https://b.example"})[:2] == (403, "origin_refused")
+    assert refusal(narrow_server, {"origin": "https://b.example"})[:2] == (403, "origin_refused")
 
 
-def test_below_a_prefix_the_path_is_the_same_with_it_and_without(strict):
+def test_below_a_prefix_the_path_is_the_same_with_it_and_without(narrow_server):
     for prefix in ("", "/vision"):
-        url = address(strict, rate=0).replace(PATH, prefix + PATH)
-        comes_to(lambda: sample(strict.metrics(), "carso_streams"), 0)
+        url = address(narrow_server, rate=0).replace(PATH, prefix + PATH)
+        comes_to(lambda: sample(narrow_server.metrics(), "carso_streams"), 0)
         with connect(url, proxy=None) as connection:
             assert Talk(connection).first["stream"]
 
 
-def test_a_stream_outlives_the_time_that_a_request_may_take(strict):
-    comes_to(lambda: sample(strict.metrics(), "carso_streams"), 0)
-    with talking(strict, rate=0) as talk:
+def test_a_stream_outlives_the_time_that_a_request_may_take(narrow_server):
+    comes_to(lambda: sample(narrow_server.metrics(), "carso_streams"), 0)
+    with talking(narrow_server, rate=0) as talk:
         time.sleep(1.2)  # more than the timeout and its grace, together
         talk.send()
         assert talk.line()["path"] == "fast"
 
 
-def test_a_handshake_that_trickles_in_is_not_waited_for(strict):
-    with strict.connect() as connection:
+def test_a_handshake_that_trickles_in_is_not_waited_for(narrow_server):
+    with narrow_server.connect() as connection:
         connection.sendall(f"GET {PATH} HTTP/1.1\r\nhost: x\r\n".encode() + HANDSHAKE[:-4])
         assert connection.recv(65536) == b""
 
@@ -210,25 +202,26 @@ def test_a_hang_up_cancels_everything(endless_server):
     comes_to(lambda: sample(endless_server.metrics(), "carso_streams"), 0)
 
 
-def test_an_idle_stream_is_ended_and_a_client_that_takes_no_answers_is_cut_off(tmp_path):
-    with serving(shared_bundle(SMALL), tmp_path / "log", stream_idle_s=1) as server:
-        with talking(server, rate=0) as talk:
-            talk.send()
-            assert talk.line()["path"] == "fast"
-            (end,) = talk.lines()
-        assert (end["end"], end["frames"]) == ("idle", 1)
+def test_an_idle_stream_is_ended(impatient_server):
+    with talking(impatient_server, rate=0) as talk:
+        talk.send()
+        assert talk.line()["path"] == "fast"
+        (end,) = talk.lines()
+    assert (end["end"], end["frames"]) == ("idle", 1)
 
-        narrow = socket.socket()
-        narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        url = httpx.URL(server.url)
-        narrow.connect((url.host, url.port))
-        deaf = {"additional_headers": {"x-request-id": "deaf"}, "max_queue": 1, "ping_interval": None, "sock": narrow}
-        with talking(server, connected=deaf, rate=0) as talk, pytest.raises(ConnectionClosed):
-            while True:
-                talk.connection.send('{"id": "%s"}' % ("x" * 100))
-        (line,) = logged(server, "deaf")
+
+def test_a_client_that_takes_no_answers_is_cut_off(impatient_server):
+    url = httpx.URL(impatient_server.url)
+    narrow = socket.socket()
+    narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    narrow.connect((url.host, url.port))
+    deaf = {"additional_headers": {"x-request-id": "too-deaf"}, "max_queue": 1, "ping_interval": None, "sock": narrow}
+    with talking(impatient_server, connected=deaf, rate=0) as talk, pytest.raises(ConnectionClosed):
+        while True:
+            talk.connection.send('{"id": "%s"}' % ("x" * 100))
+    (line,) = logged(impatient_server, "too-deaf")
     assert (line["status"], line["error"]) == (101, "client_gone")
-    assert "Traceback" not in server.log.read_text()
+    assert "Traceback" not in impatient_server.log.read_text()
 
 
 def test_a_server_that_stops_answers_what_it_has_read_and_says_why_it_ends(tmp_path):

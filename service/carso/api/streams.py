@@ -344,7 +344,8 @@ class Stream:
 
     def _request(self) -> Request:
         """Make the request that a frame is to those who classify it: of the stream's caller, arriving now."""
-        exchange = Exchange(request_id=self._exchange.request_id, caller=self._exchange.caller)
+        whole = self._exchange
+        exchange = Exchange(request_id=whole.request_id, caller=whole.caller, host=whole.host)
         scope: dict[str, Any] = {"type": "http", "headers": []}
         exchange.attach(scope)
         return Request(scope, _silent)

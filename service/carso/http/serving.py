@@ -46,6 +46,7 @@ def run(
         http=bounded(settings.receive_timeout_s, service.unread, web_socket=service.web_socket),
         ws=WebSocket,
         ws_max_size=settings.stream_line_bytes,
+        ws_ping_timeout=None,  # a client that is slowed down cannot answer; CARSO_STREAM_IDLE_S ends what is dead
         ws_per_message_deflate=False,  # encoded images do not get smaller, and other messages might get very large
         lifespan="on",
         log_config=None,  # uvicorn's loggers join ours
