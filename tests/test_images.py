@@ -231,7 +231,7 @@ def test_a_truncated_image_is_refused_wherever_it_is_cut_unless_all_its_pixels_a
     except UndecodableImage:
         return
     np.testing.assert_array_equal(image, whole)
-    assert missing <= 20
+    assert missing <= 22  # of PNG: a chunk of 12 bytes, two checksums of 4, and the end of the packed data
 
 
 @pytest.mark.parametrize(("kind", "end"), [("PNG", 12), ("JPEG", 2)])
@@ -259,9 +259,14 @@ def test_a_jpeg_that_is_damaged_in_its_middle_is_refused():
         one(GREY, bytes(data), resize=True)
 
 
-def png_of(*chunks: tuple[bytes, bytes], rows: bytes | None = None, damaged: bytes = b"") -> bytes:
-    """NOISE[:6, :5] as PNG with these chunks besides. `damaged`: the chunk whose checksum is wrong."""
+def png_of(
+    *chunks: tuple[bytes, bytes], rows: bytes | None = None, damaged: bytes = b"", cut: int = 0, more: bytes = b""
+) -> bytes:
+    """NOISE[:6, :5] as PNG with these chunks besides. `damaged`: the chunk whose checksum is wrong. The packed pixels
+    are without their last `cut` bytes, and with `more` behind them.
+    """
     packed = zlib.compress(b"".join(b"\0" + bytes(row) for row in NOISE[:6, :5]) if rows is None else rows)
+    packed = packed[: len(packed) - cut] + more
     header = struct.pack(">IIBBBBB", 5, 6, 8, 0, 0, 0, 0)
     data = b"\x89PNG\r\n\x1a\n"
     for kind, content in ((b"IHDR", header), *chunks, (b"IDAT", packed), (b"IEND", b"")):
@@ -278,6 +283,17 @@ def test_a_png_whose_packed_pixels_end_too_early_is_refused(rows):
     else:
         with pytest.raises(UndecodableImage, match="lacks"):
             one(GREY, data)
+
+
+@pytest.mark.parametrize("cut", range(5))  # the last four are a checksum
+def test_a_png_that_lacks_no_packed_pixel_is_whole(cut):
+    np.testing.assert_array_equal(one(GREY, png_of(cut=cut))[0], NOISE[:6, :5] / np.float32(255))
+    np.testing.assert_array_equal(one(GREY, png_of(more=bytes(cut)))[0], NOISE[:6, :5] / np.float32(255))
+
+
+def test_a_png_whose_rows_are_packed_in_an_unknown_way_is_refused():
+    with pytest.raises(UndecodableImage, match="damaged"):
+        one(GREY, png_of(rows=(b"\7" + bytes(range(5))) * 6))
 
 
 MEGABYTES = zlib.compress(bytes(2**22))
@@ -324,7 +340,7 @@ def test_every_pass_of_an_interlaced_png_is_counted(size, interlaced):
     parts = [(len(range(x, width, dx)), len(range(y, height, dy))) for x, y, dx, dy in passes]
     due = sum(rows * (1 + columns) for columns, rows in parts if columns)
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, interlaced)
-    assert png._header([(b"IHDR", header)]) == (size, 8, due)
+    assert png._header([(b"IHDR", header)]) == (size, 8, due, None if interlaced else "L")
 
 
 @pytest.mark.parametrize("compression", [{}, {"bits": 8}])

@@ -169,6 +169,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         generate_unique_id_function=openapi.operation_id,
         redirect_slashes=False,  # a redirect would repeat the Host that the client sent, and forget https
         root_path=settings.root_path,
+        telemetry={"tracing": False, "metrics": False, "logs": False},  # ours does this
     )
     defaults: dict[str, Any] = {"certify": settings.certify, "certify_eps": settings.certify_eps}
     of_robust = defaults | {"samples": manifest.samples, "max_samples": settings.max_samples, "risk": settings.risk}
