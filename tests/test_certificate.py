@@ -16,11 +16,14 @@ from carso.inference.certificate import BISECTIONS, STEPS, certificates, rounded
 from carso.inference.jobs import Certify
 from carso.inference.sessions import DeviceError, Sessions
 from carso_training.attacks.linf import climb
+from carso_training.datasets.examples import Examples
 from carso_training.export import weights
 from carso_training.export.files import export
 from carso_training.export.graphs import BoundsGraph
 from carso_training.networks.bounds import UnboundedLayerError
 from carso_training.networks.fcn import FcnClassifier
+from carso_training.robustness.certified import certified
+from carso_training.robustness.report import as_markdown
 from onnx import TensorProto, helper
 
 from tests.bundles import COLOUR, REFERENCE, SMALL, copy_of, random_images, random_system, shared_bundle
@@ -150,6 +153,27 @@ def test_one_pass_is_enough_at_a_given_eps_and_it_is_rounded_up(mode):
 @pytest.mark.parametrize("eps", [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 8 / 255, 1.0, 1e-9])
 def test_an_eps_is_never_rounded_down(eps):
     assert eps <= float(rounded_up(eps)) <= eps * (1 + 2**-23)
+
+
+def test_an_attack_may_take_the_proof_of_an_image_and_never_a_label_that_is_proven(tmp_path):
+    bundle, eps = Bundle.load(shared_bundle(SMALL)), 2.0**-9
+    images = torch.from_numpy((255 * random_images(200, SMALL, seed=8)).astype(np.uint8))
+    labels = Sessions(bundle, device="cpu", threads=1).first_pass(images.numpy() / np.float32(255))
+    truth = torch.from_numpy(labels.probabilities.argmax(axis=1))
+    truth[::4] = (truth[::4] + 1) % 10  # a quarter is misread
+    given = {"data": Examples(images, truth), "split": "test", "out": tmp_path, "threads": 1}
+    weak, strong = certified(bundle, **given, strengths=(eps / 2, eps), attacked_at=eps)
+    assert (weak.clean, strong.clean) == (150, 150) and len(weak.trials) == 1
+    _, half, whole = strong.trials
+    assert (half.settings["eps"], whole.settings["eps"]) == (eps / 2, eps)
+    proven = strong.cell.threat.settings["proven"]
+    assert proven > strong.cell.correct > 20
+    assert whole.attacked - whole.broken < proven  # the attack takes proofs
+    for trial in (half, whole):
+        assert trial.settings["wrong"] > 50  # and labels that were not proven
+        assert 0 < trial.settings["proven_and_wrong"] < trial.settings["wrong"]  # a wrong label may be proven, too
+        assert trial.settings["wrong_of_right_and_proven"] == 0
+    assert "pgd takes the proof" in as_markdown(tmp_path)
 
 
 # --- where it is not proven -------------------------------------------------------------------------------------------

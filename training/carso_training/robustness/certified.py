@@ -1,20 +1,28 @@
 """Counting proofs: the images whose label is right, and the same for every image within eps (docs/certificate.md).
 
-There is no attack here and no chance, so all images of the split are counted, on the graphs that the service runs.
+No attack can change these counts, and there is no chance in them, so all images of the split are counted, on the graphs
+that the service runs. At the eps that services prove by default, attacked images are counted too: an attack cannot take
+a proven label, but it can take the proof, and that is what the service's alarm sees.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 from carso.bundle import Bundle, Cell, Proofs, Threat
+from carso.choices import DEFAULT_EPS
 from carso.inference.certificate import rounded_up
 from carso.inference.sessions import Sessions
 
+from carso_training.attacks import Attack
+from carso_training.attacks.batches import attacked_batches
+from carso_training.attacks.pgd import PGD
 from carso_training.datasets.examples import Examples
+from carso_training.export.weights import classifier_of
 from carso_training.robustness import figures
 from carso_training.robustness.figures import Figure, Split, Tried
 
@@ -22,31 +30,35 @@ BATCH = 500
 
 
 def certified(
-    bundle: Bundle, *, data: Examples, split: Split, strengths: Sequence[float], out: Path, threads: int | None = None
+    bundle: Bundle,
+    *,
+    data: Examples,
+    split: Split,
+    strengths: Sequence[float],
+    out: Path,
+    threads: int | None = None,
+    attacked_at: float = DEFAULT_EPS,
 ) -> list[Figure]:
     """Write a figure for each eps into `out`, and return them. `data`: the whole split, on the CPU.
 
-    A figure's ``proven`` counts wrong labels too: a certificate does not say that a label is right. Raises DeviceError
+    A figure's ``proven`` counts wrong labels too: a certificate does not say that a label is right. The figure at the
+    eps `attacked_at` has two trials more, by PGD at half that eps and at all of it; see `_attacked`. Raises DeviceError
     if the bundle has no bounds or its graphs do not run, and OSError.
     """
     sessions = Sessions(bundle, device="cpu", threads=threads)
-    parts = list(_batches(data))
-    labels = [sessions.first_pass(part.pixels().numpy()).probabilities.argmax(axis=1) for part in parts]
-    right = np.concatenate([found == part.labels.numpy() for found, part in zip(labels, parts, strict=True)])
+    images, truth = data.pixels().numpy(), data.labels.numpy()
     measured = figures.measured(bundle, split=split, subset=f"all {len(data)}", device="cpu")
     out.mkdir(parents=True, exist_ok=True)
     made = []
     for eps in strengths:
         began = time.perf_counter()
-        margins = [
-            sessions.margins(part.pixels().numpy(), found, np.full(len(part), rounded_up(eps)))
-            for part, found in zip(parts, labels, strict=True)
-        ]
-        proven = np.concatenate(margins) > 0
+        labels, proven = _proven(sessions, images, eps=eps)
+        right = labels == truth
         seconds = round(time.perf_counter() - began, 2)
         clean, both = int(right.sum()), int((right & proven).sum())
         settings: figures.Settings = {"proven": int(proven.sum())}
         tried = Tried(attack="interval bounds", settings={}, attacked=clean, broken=clean - both, seconds=seconds)
+        attacked = _attacked(bundle, sessions, data, eps=eps, safe=right & proven) if eps == attacked_at else ()
         figure = Figure(
             protocol="certified",
             measured=measured,
@@ -58,9 +70,9 @@ def certified(
                 published=None,
             ),
             clean=clean,
-            trials=(tried,),
+            trials=(tried, *attacked),
             seed=0,
-            seconds=seconds,
+            seconds=seconds + sum(each.seconds for each in attacked),
         )
         figures.write(out, figure)
         made.append(figure)
@@ -73,14 +85,42 @@ def proofs_of(bundle: Bundle, *, validation: Examples, eps: float) -> Proofs:
     The service compares traffic with this rate. Raises DeviceError if the bundle has no bounds, or its graphs do not
     run.
     """
-    sessions, proven = Sessions(bundle, device="cpu"), 0
-    for part in _batches(validation):
-        images = part.pixels().cpu().numpy()
-        labels = sessions.first_pass(images).probabilities.argmax(axis=1)
-        proven += int((sessions.margins(images, labels, np.full(len(images), rounded_up(eps))) > 0).sum())
-    return Proofs(eps=eps, images=len(validation), proven=proven)
+    _, proven = _proven(Sessions(bundle, device="cpu"), validation.pixels().cpu().numpy(), eps=eps)
+    return Proofs(eps=eps, images=len(validation), proven=int(proven.sum()))
 
 
-def _batches(data: Examples) -> Iterator[Examples]:
-    for start in range(0, len(data), BATCH):
-        yield data[slice(start, start + BATCH)]
+def _proven(sessions: Sessions, images: np.ndarray, *, eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the first pass's labels [n] int64 of images [n, *shape] float32, and whether each is proven [n] bool."""
+    labels, margins = [], []
+    for start in range(0, len(images), BATCH):
+        part = images[start : start + BATCH]
+        labels.append(sessions.first_pass(part).probabilities.argmax(axis=1))
+        margins.append(sessions.margins(part, labels[-1], np.full(len(part), rounded_up(eps))))
+    return np.concatenate(labels), np.concatenate(margins) > 0
+
+
+def _attacked(bundle: Bundle, sessions: Sessions, data: Examples, *, eps: float, safe: np.ndarray) -> tuple[Tried, ...]:
+    """Attack all images by PGD on the classifier, and count those that are still proven at `eps`, whatever their label.
+
+    `safe`: which images [n] bool were right and proven at `eps` before. Of those, none of an attack within `eps` can
+    get a wrong label; the trial's settings say how many did, and how many proven labels of all images are wrong.
+    """
+    trials = []
+    for strength in (eps / 2, eps):
+        began, attack = time.perf_counter(), Attack(PGD, strength)
+        images = torch.cat([*attacked_batches(classifier_of(bundle), attack, data, seed=0, quiet=True)]).numpy()
+        labels, proven = _proven(sessions, images, eps=eps)
+        wrong = labels != data.labels.numpy()
+        settings: figures.Settings = {
+            "eps": strength,
+            **attack.method.settings,
+            "wrong": int(wrong.sum()),
+            "proven_and_wrong": int((proven & wrong).sum()),
+            "wrong_of_right_and_proven": int((safe & wrong).sum()),
+        }
+        seconds = round(time.perf_counter() - began, 2)
+        lost = int((~proven).sum())
+        trials.append(
+            Tried(attack="pgd takes the proof", settings=settings, attacked=len(data), broken=lost, seconds=seconds)
+        )
+    return tuple(trials)
