@@ -83,6 +83,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 def test_workers_are_processes_of_one_command_and_the_log_says_once_that_all_are_ready(two):
     (ready,) = of_log(two, "ready")
     assert (ready["workers"], ready["provider"]) == (2, "CPUExecutionProvider")
+    assert httpx.get(f"{two.url}/info").json()["workers"] == 2
     assert "worker" not in ready
     (listening,) = of_log(two, "listening")
     assert listening["addresses"] == [two.url]

@@ -237,7 +237,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         whole=whole,
     )
     Streams(answering, robust_options(StreamOptions, **of_robust)).add_to(app)
-    operations.add_to(app, probes, metrics, _info(settings, bundle, sessions, key))
+    operations.add_to(app, probes, metrics, _info(settings, bundle, sessions, key, whole.workers))
     models = [
         Model(
             path,
@@ -464,7 +464,7 @@ def _tracing(settings: Settings) -> Tracing:
     return Tracing()
 
 
-def _info(settings: Settings, bundle: Bundle, sessions: Sessions, key: PublicKey | None) -> Info:
+def _info(settings: Settings, bundle: Bundle, sessions: Sessions, key: PublicKey | None, workers: int) -> Info:
     return Info(
         version=__version__,
         bundle=bundle_info(bundle, signed_by=None if key is None else key.fingerprint),
@@ -476,6 +476,7 @@ def _info(settings: Settings, bundle: Bundle, sessions: Sessions, key: PublicKey
             precision_because=sessions.precision.because,
         ),
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
+        workers=workers,
         risk=settings.risk,
         certifies=sessions.unproven is None,
         certificate=CERTIFICATE if sessions.unproven is None else f"None can be given: {sessions.unproven}",

@@ -313,6 +313,7 @@ class Info(_Answer):
     bundle: BundleInfo
     device: DeviceInfo
     limits: Limits
+    workers: int = Field(description="Processes that share the limits and answer behind this address.")
     risk: float = Field(description="Used where a request gives none.")
     certifies: bool = Field(description="Whether certificates can be given here: what `certify` asks for.")
     certificate: str = Field(description="What a certificate proves; or why none can be given here.")

@@ -274,6 +274,7 @@ class Info(_Value):
     bundle: BundleInfo
     device: DeviceInfo
     limits: Limits
+    workers: int | None = None  # processes that share the limits
     risk: float  # used where a call gives none
     certifies: bool | None = None  # whether certificates can be given here
     certificate: str | None = None  # what a certificate proves here, or why none can be given
