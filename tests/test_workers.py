@@ -17,6 +17,7 @@ import pytest
 
 from tests.bundles import SMALL, copy_of, shared_bundle
 from tests.calls import BATCH, ENDLESS, PNG, VALUES, as_npy, as_png, in_flight, refused, request, sample
+from tests.duplex import PATH, streaming
 from tests.pictures import npy
 from tests.server import ROOT, Server, serving
 from tests.test_keys import NEW, OLD
@@ -76,7 +77,7 @@ def states(server: Server) -> dict[str, float]:
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """Two workers that cast 20 000 votes a second, so that ENDLESS is under way for minutes."""
-    with several(tmp_path_factory.mktemp("two") / "log", per_second=20_000, **LIMITS) as server:
+    with several(tmp_path_factory.mktemp("two") / "log", per_second=20_000, max_streams=2, **LIMITS) as server:
         yield server
 
 
@@ -135,6 +136,18 @@ def test_the_queue_is_one_for_all_workers(two):
             assert in_flight(two) == 1
     comes_to(lambda: in_flight(two), 0)
     comes_to(lambda: sample(two.metrics(), 'carso_queue_rows{path="robust"}'), 0)
+
+
+def test_as_many_streams_are_open_as_all_workers_may_have_together(two):
+    one, other = workers_of(two)
+    with ExitStack() as stack:
+        for worker in (one, other):
+            with alone(two, worker):
+                stack.enter_context(streaming(two))
+        with two.client() as client:
+            assert "2 streams are open, and at most 2" in refused(client.post(PATH), 429, "overloaded")
+        assert sample(two.metrics(), "carso_streams") == 2
+    comes_to(lambda: sample(two.metrics(), "carso_streams"), 0)
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_requests_alone_fail(two):
