@@ -190,6 +190,18 @@ async def test_every_step_is_observed(engine, steps):
     assert sum(step.first_passes for step in steps) == len(IMAGES)
 
 
+async def test_an_image_that_needs_one_ballot_takes_one_turn_of_the_engine_and_one_call_into_the_event_loop(
+    engine, steps, monkeypatch
+):
+    loop = asyncio.get_running_loop()
+    call, calls = loop.call_soon_threadsafe, []
+    monkeypatch.setattr(loop, "call_soon_threadsafe", lambda *args, **named: calls.append(args) or call(*args, **named))
+    await asyncio.wait_for(engine.run(Job(IMAGES[:1], VotePlan(samples=4, risk=0))), TIMEOUT)
+    first, then = steps
+    assert (first.first_passes, then.rows, then.elections, len(then.finished)) == (1, 4, 1, 1)
+    assert len(calls) == 1
+
+
 async def test_the_event_loop_goes_on_between_the_answers_of_one_round(engine, steps):
     turns = 0
     ended = []
