@@ -17,6 +17,7 @@ from carso.inference.duplicates import Recent
 from carso.inference.sessions import Sessions
 from carso_training.datasets.examples import Examples
 from carso_training.robustness import duplicates
+from carso_training.robustness.blackbox import Service
 
 from tests.bundles import COLOUR, NEAR, SMALL, random_images, shared_bundle
 from tests.calls import as_npy, logged, refused, sample
@@ -275,6 +276,24 @@ def test_events_stop_before_they_tell_of_a_refused_image(tmp_path: Path, pairs):
         assert as_npy("/classify", client, pairs[0][0]).status_code == 200
         message = refused(client.post("/classify", content=npy(pairs[0][1]), headers=headers), 409, "near_duplicate")
         assert "this address sent before" in message
+
+
+def test_an_attack_through_the_api_is_refused_by_name(refusing, pairs):
+    with Client(refusing.url, api_key=ALICE, retries=0) as client:
+        service = Service(client, Bundle.load(shared_bundle(SMALL)))
+        said = service.labels(torch.from_numpy(pairs[8]))
+    assert said[0] >= 0 > said[1]
+    assert service.answers() == {"classified": 1, "near_duplicate": 1}
+    assert service.answers() == {}
+
+
+def test_a_frame_of_a_stream_is_compared_with_what_its_caller_sent_elsewhere(marking, pairs):
+    first, changed = pairs[9]
+    with marking.client() as client, streaming(marking, rate=1) as stream:
+        assert as_npy("/classify", client, first).status_code == 200
+        stream.send(changed[0].tolist())
+        fast, robust = stream.line(), stream.line()
+    assert fast["prediction"]["near_duplicate"] and robust["prediction"]["near_duplicate"]
 
 
 @pytest.mark.parametrize("action", ["mark", "refuse"])

@@ -9,10 +9,11 @@ import shutil
 import sys
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 import torch
-from carso import Client
+from carso import Client, RequestRefused, Unavailable
 from carso.bundle import Bundle, Cell, Threat
 from carso_training import command
 from carso_training.attacks.apgd import apgd_ce
@@ -22,7 +23,7 @@ from carso_training.datasets.examples import Examples
 from carso_training.errors import RunError
 from carso_training.networks.cost import costs
 from carso_training.robustness import controls, figures, plots, report, strip, trials
-from carso_training.robustness.blackbox import Service
+from carso_training.robustness.blackbox import PATIENCE, Service, ServiceJudge
 from carso_training.robustness.campaign import Campaign, Trial
 from carso_training.robustness.effort import EFFORTS, Effort
 from carso_training.robustness.evaluation import Evaluation, Plan, images_of, subset
@@ -35,7 +36,7 @@ from carso_training.robustness.voting import pipeline_of
 from torch import Tensor
 
 from tests.bundles import SMALL, random_images, shared_bundle
-from tests.server import serving
+from tests.scripted import LABEL_ONLY, Reply, refusal, scripted
 
 ROOT = Path(__file__).parents[1]
 SHIPPED = ROOT / "models" / "mnist-fcn"
@@ -430,23 +431,73 @@ def test_rays_finds_a_boundary_from_labels_alone_within_its_queries():
     assert int((decisions(one) != labels).sum()) < 10
 
 
-@pytest.mark.slow
-def test_a_running_service_is_attacked_through_its_api_by_labels_alone(bundle, data, tmp_path, monkeypatch, capsys):
-    with serving(bundle.folder, tmp_path / "log") as server:
-        measured = evaluation(bundle, data, tmp_path / "out")
-        with Client(server.url) as client:
-            service = Service(client, bundle)
-            found = []
-            measured.blackbox([0.3], service=service, queries=20, report=found.append)
-            with pytest.raises(RunError, match="CARSO_BUNDLE"):
-                Service(client, Bundle.load(SHIPPED))
+def test_a_running_service_is_attacked_by_labels_alone_and_a_stopped_attack_goes_on(
+    bundle, data, server, tmp_path, monkeypatch, capsys
+):
+    measured = evaluation(bundle, data, tmp_path, images=3)
+    found = []
+
+    def attack() -> dict[Path, int]:
+        """Attack, and return the files of the images that are done, with the times at which they were written."""
+        with Client(server.url, retries=0) as client:
+            measured.blackbox([0.3], service=Service(client, bundle), queries=12, report=found.append)
+        return {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.npz")}
+
+    done = attack()
     (seen,) = found
+    assert seen == figures.read(tmp_path)[0][0]
     assert seen.cell.kind == "black-box"
-    assert seen.cell.threat.settings == {"queries": 20, "draws": TINY.draws}
-    assert seen.trials[1].attack == "rays"
-    assert seen.cell.correct <= seen.clean <= 12
+    assert seen.cell.threat.settings == {"queries": 12, "draws": TINY.draws}
+    assert [tried.attack for tried in seen.trials] == ["clean", "rays-10", "rays-12"]
+    assert seen.cell.correct <= seen.clean <= 3
+    for tried in seen.trials:
+        answers = sum(tried.answers.values())
+        assert answers <= tried.attacked * (tried.settings.get("queries", 0) + TINY.draws)
+        assert answers >= tried.attacked
+        assert tried.answers.keys() <= {"classified", "blank_image", "wrong_scale"}
+
+    last = max(done)
+    last.unlink()
+    again = attack()
+    assert {path: time for path, time in again.items() if path in done.keys() - {last}} == {
+        path: time for path, time in done.items() if path != last
+    }
+    assert again[last] > done[last]
+    assert found[1].trials[0].answers == seen.trials[0].answers
+    with Client(server.url) as client, pytest.raises(RunError, match="CARSO_BUNDLE"):
+        Service(client, Bundle.load(SHIPPED))
     assert run(monkeypatch, "evaluate", str(SHIPPED), "--protocol", "blackbox") == 2
     assert "--url" in capsys.readouterr().err
+
+
+def test_a_service_that_is_busy_is_asked_again_when_it_says_so_and_other_refusals_end_the_attack(bundle, server):
+    info = Reply(200, httpx.get(f"{server.url}/info").json())
+    busy, loading = refusal(429, "overloaded", retry_after=7), refusal(503, "not_ready")
+    image, slept = torch.rand(1, 1, 8, 8), []
+    with (
+        scripted(info, busy, loading, LABEL_ONLY, refusal(401, "unauthorized"), busy) as fake,
+        Client(fake.url, retries=0) as client,
+    ):
+        service = Service(client, bundle, sleep=slept.append)
+        assert service.labels(image).tolist() == [3]
+        assert service.answers() == {"overloaded": 1, "not_ready": 1, "classified": 1}
+        assert slept == [7.0, 1.0]
+        with pytest.raises(RequestRefused, match="unauthorized"):
+            service.labels(image)
+        with pytest.raises(Unavailable, match="overloaded"):
+            service.labels(image)
+    assert sum(slept[2:]) <= PATIENCE
+    assert service.answers() == {"overloaded": len(slept[2:])}
+
+
+def test_an_image_that_is_refused_fools_nobody_but_a_clean_one_was_not_right_either(bundle, server):
+    info = Reply(200, httpx.get(f"{server.url}/info").json())
+    with scripted(info, refusal(409, "near_duplicate")) as fake, Client(fake.url, retries=0) as client:
+        service = Service(client, bundle)
+        judge = ServiceJudge(service, draws=1)
+        image, label, row = torch.rand(1, 1, 8, 8), torch.tensor([3]), torch.tensor([0])
+        assert [judge(image, label, row, trial).item() for trial in (0, 1)] == [False, True]
+        assert service.answers() == {"near_duplicate": 2}
 
 
 def test_the_strip_shows_images_of_the_attacks_those_that_fool_it_too(bundle, data, tmp_path):

@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 
 import torch
 import typer
-from carso import CarsoError, Client
+from carso import CarsoError, Client, Unavailable
 from carso.bundle import BOUNDS, MANIFEST, Bundle, BundleError
 from carso.choices import DEFAULT_EPS, LEAST_EPS
 from carso.inference.duplicates import REMEMBERED
@@ -191,7 +191,7 @@ def evaluate(
     url: Annotated[
         str | None, typer.Option(envvar="CARSO_URL", help="Of a service that serves the bundle, for blackbox.")
     ] = None,
-    queries: Annotated[int, typer.Option(min=1, help="Images asked about for each image, for blackbox.")] = 1000,
+    queries: Annotated[int, typer.Option(min=1, help="Queries for each image, at most, for blackbox.")] = 1000,
     threads: Annotated[
         int,
         typer.Option(
@@ -250,7 +250,7 @@ def evaluate(
             if protocol == "blackbox":
                 if url is None:
                     raise typer.BadParameter("blackbox needs the URL of a running service", param_hint="--url")
-                with Client(url) as client:
+                with Client(url, retries=0) as client:
                     service = Service(client, bundle)
                     evaluation.blackbox(eps or ADAPTIVE_EPS, service=service, queries=queries, report=_show)
                 return
@@ -265,6 +265,8 @@ def evaluate(
         except KeyboardInterrupt:
             _tell("stopped. Run the same command again to resume from the last finished batch")
             raise typer.Exit(INTERRUPTED) from None
+        except Unavailable as e:
+            raise RunError(f"{e}. Run the same command again to resume from the last finished image") from None
 
 
 @app.command()
@@ -471,6 +473,10 @@ def _show(figure: Figure) -> None:
         f"{figure.protocol} {cell.defence} eps {cell.threat.eps:.2f}: {cell.correct} of {cell.images} images, "
         f"{cell.accuracy:.1f} % [{low:.1f}, {high:.1f}], in {figure.seconds:.0f} s"
     )
+    for tried in figure.trials:
+        if tried.answers:
+            answers = ", ".join(f"{count} {name}" for name, count in sorted(tried.answers.items()))
+            typer.echo(f"  {tried.attack}: {tried.attacked - tried.broken} of {cell.images} stand ({answers})")
 
 
 def _measure(

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,6 +66,7 @@ class Made:
     images: np.ndarray  # [B, *shape] float32, attacked
     survived: np.ndarray  # [B] bool
     seconds: float
+    answers: Mapping[str, int]  # of a service, by name, to the requests that making and judging took
 
 
 class Campaign:
@@ -82,14 +84,17 @@ class Campaign:
         batch: int,
         belongs_to: Mapping[str, Any],
         device: torch.device,
+        answers: Callable[[], Mapping[str, int]] = dict,
     ) -> None:
         """`rows` [N]: the images of `data` that are attacked. `batch`: images attacked at once.
+        `answers` tells what a service has answered since the last call, by name.
 
         `belongs_to` holds all that decides the results, as JSON. Raises RunError if the folder has results of something
         else, and OSError if it cannot be written.
         """
         self.folder, self.data, self.rows, self.eps = folder, data, rows, eps
         self.judge, self.seed, self.batch, self.device = judge, seed, batch, device
+        self._answers = answers
         self._claim({**belongs_to, "eps": eps, "seed": seed, "batch": batch, "rows": rows.tolist()})
 
     def run(self, trials: Sequence[Trial], *, title: str, quiet: bool = False) -> Outcome:
@@ -108,12 +113,13 @@ class Campaign:
             bar = progress.add_task("", total=len(trials) + 1)
             for number, trial in enumerate((CLEAN, *trials)):
                 places = alive.nonzero().squeeze(1)
-                seconds = 0.0
+                seconds, answers = 0.0, Counter[str]()
                 for index, part in enumerate(places.split(self.batch) if len(places) else ()):
                     progress.update(bar, description=said(trial), completed=number + index * self.batch / len(places))
                     done = self._batch(number, trial, index, part)
                     alive[part] = torch.from_numpy(done.survived)
                     seconds += done.seconds
+                    answers.update(done.answers)
                 progress.update(bar, description=said(trial), completed=number + 1)
                 tried.append(
                     Tried(
@@ -122,6 +128,7 @@ class Campaign:
                         attacked=len(places),
                         broken=len(places) - int(alive.sum()),
                         seconds=round(seconds, 2),
+                        answers=dict(answers),
                     )
                 )
                 if trial is CLEAN:
@@ -146,6 +153,7 @@ class Campaign:
         candidates = trial.make(images, labels, generator).detach()
         self._hold(trial, candidates, images)
         survived = self.judge(candidates, labels, rows, number)
+        answers = self._answers()
         seconds = time.perf_counter() - began
         with durable.replacing(path) as file:
             np.savez(
@@ -154,6 +162,7 @@ class Campaign:
                 survived=survived.numpy(),
                 images=candidates.cpu().numpy(),
                 seconds=np.float64(seconds),
+                answers=np.array(json.dumps(dict(answers))),
             )
         return Made(
             trial=number,
@@ -162,6 +171,7 @@ class Campaign:
             images=candidates.cpu().numpy(),
             survived=survived.numpy(),
             seconds=seconds,
+            answers=answers,
         )
 
     def made(self) -> Iterator[Made]:
@@ -179,6 +189,7 @@ class Campaign:
                     images=arrays["images"],
                     survived=arrays["survived"],
                     seconds=float(arrays["seconds"]),
+                    answers=json.loads(str(arrays["answers"])) if "answers" in arrays else {},  # older ones have none
                 )
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as e:
             raise RunError(f"{path} is damaged ({e}). Remove it; the same command then makes it again.") from None

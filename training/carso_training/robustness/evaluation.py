@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -188,12 +188,14 @@ class Evaluation:
                 self._other(other, eps, report)
 
     def blackbox(self, strengths: Sequence[float], *, service: Service, queries: int, report: Report = _unseen) -> None:
-        """Measure a running service that serves this bundle, by an attacker who sees labels only."""
+        """Measure a running service that serves this bundle, by an attacker who sees labels only, one image after the
+        other. Raises CarsoError if the service does not answer.
+        """
         draws = self.plan.effort.draws
         for eps in strengths:
             trials = blackbox_trials(service, eps=eps, queries=queries)
             judge = ServiceJudge(service, draws=draws)
-            campaign = self._campaign("blackbox", eps, trials, judge, votes=1)
+            campaign = self._campaign("blackbox", eps, trials, judge, votes=1, batch=1, answers=service.answers)
             found = campaign.run(trials, title=f"blackbox eps {eps:.2f}", quiet=self.quiet)
             settings: Settings = {"queries": queries, "draws": draws}
             report(self._figure("blackbox", "carso", eps, found, settings=settings, sees="answers"))
@@ -334,6 +336,8 @@ class Evaluation:
         votes: int,
         data: Examples | None = None,
         rows: Tensor | None = None,
+        batch: int | None = None,
+        answers: Callable[[], Mapping[str, int]] = dict,
         **more: Any,
     ) -> Campaign:
         return Campaign(
@@ -343,7 +347,8 @@ class Evaluation:
             eps=eps,
             judge=judge,
             seed=self.plan.seed,
-            batch=self.batch(votes),
+            batch=batch or self.batch(votes),
+            answers=answers,
             belongs_to={
                 "networks": figures.networks(self.bundle),
                 "split": self.plan.split,

@@ -50,6 +50,7 @@ class Tried(_Strict):
     attacked: int  # images
     broken: int  # of these
     seconds: float
+    answers: dict[str, int] = {}  # of a service that was attacked: how many requests were answered by what
 
 
 class Figure(_Strict):
