@@ -13,7 +13,7 @@ import argparse
 import tempfile
 import time
 import timeit
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -174,12 +174,12 @@ def clean_traffic(url: str, keys: Keys, images: np.ndarray) -> None:
         print(f"| {name} | {len(sent)} | {count} | {count / len(sent):.2%} |", flush=True)
 
 
-def table(url: str, keys: Keys, data: list[tuple[Tensor, int]], *, queries: int) -> None:
-    """Print a row for each attacker."""
+def table(url: str, keys: Keys, data: list[tuple[Tensor, int]], *, attackers: Sequence[Attacker], queries: int) -> None:
+    """Print a row for each attacker, on a service that marks."""
     print(f"\n{len(data)} test images, at most {queries} queries each\n")
     print("| attacker | queries until noticed, median | most | never | queries marked | images broken |")
     print("| --- | ---: | ---: | ---: | ---: | ---: |")
-    for attacker in ATTACKERS:
+    for attacker in attackers:
         found = [
             attacked(url, attacker, image, label, keys.take(attacker.keys), queries=queries) for image, label in data
         ]
@@ -193,11 +193,13 @@ def table(url: str, keys: Keys, data: list[tuple[Tensor, int]], *, queries: int)
         )
 
 
-def refused(url: str, keys: Keys, data: list[tuple[Tensor, int]], *, queries: int) -> None:
-    """Print what is left of the first two attacks where near-duplicates are refused."""
+def refused(
+    url: str, keys: Keys, data: list[tuple[Tensor, int]], *, attackers: Sequence[Attacker], queries: int
+) -> None:
+    """Print a row for each attacker, on a service that refuses."""
     print("\n| attacker, where near-duplicates are refused | queries | refused | images broken |")
     print("| --- | ---: | ---: | ---: |")
-    for attacker in (*ATTACKERS[:2], ATTACKERS[-1]):
+    for attacker in attackers:
         found = [
             attacked(url, attacker, image, label, keys.take(attacker.keys), queries=queries) for image, label in data
         ]
@@ -227,22 +229,24 @@ def main() -> None:
     """Print Markdown tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=REFERENCE_BUNDLE)
-    parser.add_argument("--images", type=int, default=20, help="test images that are attacked: the first ones")
+    parser.add_argument("--images", type=int, default=10, help="test images that are attacked: the first ones")
     parser.add_argument("--queries", type=int, default=200, help="of one image, at most")
+    parser.add_argument("--only", default="", metavar="TEXT", help="attackers whose name holds this, and nothing else")
     options = parser.parse_args()
     bundle, test = Bundle.load(options.bundle), MNIST.load("test")
     images = test.pixels().numpy()
     data = [(test.pixels(slice(row, row + 1)), int(test.labels[row])) for row in range(options.images)]
-    cost(bundle, images[: 2 * REMEMBERED + 1])
+    attackers = [attacker for attacker in ATTACKERS if options.only in attacker.name]
+    if not options.only:
+        cost(bundle, images[: 2 * REMEMBERED + 1])
     count = 3 + options.images * sum(attacker.keys for attacker in ATTACKERS)
     for action in ("mark", "refuse"):
         keys, began = Keys(count), time.monotonic()
         with service(options.bundle, keys, action) as url:
-            if action == "mark":
+            if action == "mark" and not options.only:
                 clean_traffic(url, keys, images)
-                table(url, keys, data, queries=options.queries)
-            else:
-                refused(url, keys, data, queries=options.queries)
+            report = table if action == "mark" else refused
+            report(url, keys, data, attackers=attackers, queries=options.queries)
         print(f"\n({action}: {time.monotonic() - began:.0f} s)")
 
 
