@@ -8,12 +8,13 @@ from pathlib import Path
 import httpx
 import numpy as np
 import pytest
-from carso.bundle import Bundle
+from carso.bundle import Bundle, Cell
 from carso.inference.sessions import Sessions
 from carso_training.datasets import dataset
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness.card import model_card
 from carso_training.robustness.published import PUBLISHED_ACCURACIES, RISK
+from carso_training.robustness.table import wilson
 
 from tests.server import serving
 
@@ -116,3 +117,25 @@ def test_int8_votes_agree_with_float32_ones_but_for_a_few_in_a_thousand() -> Non
 def _post(client: httpx.Client, endpoint: str, path: Path) -> list[dict]:
     answer = client.post(endpoint, content=path.read_bytes(), headers={"content-type": "image/png"})
     return answer.raise_for_status().json()["predictions"]
+
+
+def test_the_readme_says_of_the_other_bundles_what_was_measured() -> None:
+    said = " ".join((ROOT / "README.md").read_text().split())
+    for name, defence, attack in (
+        ("mnist-conv", "carso", "adaptive"),
+        ("mnist-conv", "classifier", "strong"),
+        ("mnist-certified", "carso", "adaptive"),
+    ):
+        (cell,) = _cells(name, defence, attack, eps=0.30)
+        low, high = wilson(cell.correct, cell.images)
+        assert f"{cell.accuracy:.1f} % [{low:.1f}, {high:.1f}]" in said
+    (proven,) = _cells("mnist-certified", "classifier", "certified", eps=0.30)
+    assert f"for {proven.accuracy:.1f} % of the 10 000 test images" in said
+    for name, defence in (("mnist-conv", "carso"), ("mnist-certified", "carso"), ("mnist-certified", "classifier")):
+        (clean,) = _cells(name, defence, "none", eps=0)
+        assert clean.images == 10_000 and f"{clean.accuracy:.2f} %" in said
+
+
+def _cells(bundle: str, defence: str, attack: str, *, eps: float) -> list[Cell]:
+    table = Bundle.load(ROOT / "models" / bundle).manifest.table
+    return [c for c in table if (c.defence, c.threat.attack, c.threat.eps) == (defence, attack, eps)]

@@ -19,12 +19,12 @@ PROVEN = "proven within"  # the head of one more column, where a proof was asked
 
 
 def row(name: str, prediction: Prediction) -> Sequence[str]:
-    """Make a row under ROBUST_HEADS or FAST_HEADS; "-" for what the service withholds."""
+    """Make a row under ROBUST_HEADS or FAST_HEADS; "-" for what the service withholds, and for a share of no votes."""
     shown: tuple[object, ...]
     match prediction:
         case RobustPrediction(share=share, agree=agree):
             shown = (
-                None if share is None else f"{share:.4f}",
+                f"{share:.4f}" if share is not None and prediction.votes else None,
                 prediction.votes,
                 prediction.fast_label,
                 {True: "yes", False: "NO", None: None}[agree],
