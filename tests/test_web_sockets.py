@@ -272,11 +272,11 @@ def test_a_handshake_behind_a_request_whose_answer_is_due_is_not_taken(endless_s
 
 @pytest.mark.slow
 def test_node_by_itself_can_talk(server):
-    node = shutil.which("node")
-    if node is None:
-        pytest.skip("there is no node here")
+    node = [shutil.which("node") or "", "--experimental-websocket"]
+    if not node[0] or subprocess.run([*node, "--eval", ""], capture_output=True).returncode:
+        pytest.skip("there is no node here, or one before 20.10, which has no WebSocket")
     client = ROOT / "tests" / "clients" / "web_socket.mjs"
-    command = [node, "--experimental-websocket", client, address(server, rate=1), TEXT]
+    command = [*node, client, address(server, rate=1), TEXT]
     ended = subprocess.run(command, capture_output=True, text=True, check=True, timeout=PATIENCE)
     *lines, closed = [json.loads(line) for line in ended.stdout.splitlines()]
     assert [line.get("path") for line in lines] == [None, "fast", "robust", None]

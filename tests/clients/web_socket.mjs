@@ -1,5 +1,5 @@
 // Talks to a stream by the WebSocket that Node and browsers have, and prints its lines and how it was closed:
-// `node --experimental-websocket web_socket.mjs URL IMAGE` (base64). From Node 22 on, the option is not needed.
+// `node --experimental-websocket web_socket.mjs URL IMAGE` (base64), from Node 20.10 on. Node 22 needs no option.
 
 const [url, image] = process.argv.slice(2)
 const socket = new WebSocket(url)
