@@ -239,12 +239,38 @@ def test_carso_verify_proves_again(server, client, proven, tmp_path, by, mode):
 
 
 @pytest.fixture(scope="module")
-def deciding(tmp_path_factory) -> Iterator[httpx.Client]:
+def deciding_server(tmp_path_factory) -> Iterator[Server]:
     """A service that proves by default, and tells labels only."""
     log = tmp_path_factory.mktemp("deciding") / "log"
-    settings = {"certify": "decide", "certify_eps": EPS, "evidence": "label"}
-    with serving(shared_bundle(SMALL), log, **settings) as server, server.client() as connected:
+    with serving(shared_bundle(SMALL), log, certify="decide", certify_eps=EPS, evidence="label") as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def deciding(deciding_server) -> Iterator[httpx.Client]:
+    with deciding_server.client() as connected:
         yield connected
+
+
+def test_the_ratio_counts_each_image_once_of_which_a_proof_was_asked_at_the_services_eps(
+    deciding_server, deciding, proven
+):
+    def counted(certified: str) -> float:
+        paths = ("fast", "robust")
+        series = (f'carso_certified_images_total{{certified="{certified}",path="{path}"}}' for path in paths)
+        return sum(value(deciding, each) for each in series)
+
+    with_proof, without = counted("true"), counted("false")
+    frames = [*np.flatnonzero(proven)[:3], *np.flatnonzero(~proven)[:3]]
+    with streaming(deciding_server, rate=0, uncertified=True) as stream:
+        for frame in frames:
+            stream.send(IMAGES[frame].tolist())
+            assert stream.line()["path"] == "fast"
+            assert proven[frame] or stream.line()["path"] == "robust"  # these are answered twice
+    for options in ({"certify": "max"}, {"certify_eps": 1.0}):  # not what the service asks for
+        assert as_npy("/classify/fast", deciding, IMAGES, **options).status_code == 200
+    expected = (with_proof + 3) / (with_proof + without + 6)
+    assert value(deciding, "carso_certified_ratio") == pytest.approx(expected)
 
 
 def test_the_operators_default_holds_where_a_request_does_not_say_and_info_tells_it(deciding, proven):
