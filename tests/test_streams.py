@@ -220,8 +220,9 @@ def test_a_full_stream_reads_no_further_until_a_count_ends(tmp_path):
         serving(shared_bundle(SMALL), tmp_path / "log", per_second=20_000, **limits) as server,
         streaming(server, rate=1, samples=100_000, risk=0) as stream,
     ):
-        for number in range(3):
-            stream.send(id=number, deadline_ms=1000)
+        # each counts from when its frame is read: whoever waits for a place has a second left when it gets it
+        for number, deadline in enumerate((500, 1500, 2000)):
+            stream.send(id=number, deadline_ms=deadline)
         stream.end()
         *lines, end = stream.lines()
     assert [(line["id"], line["path"]) for line in lines] == [
