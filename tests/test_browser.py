@@ -374,14 +374,15 @@ def test_a_bundle_of_other_images_without_samples_is_drawn_on_too(browser, tmp_p
         page = visit.page
         expect(page.locator("#samples")).to_be_hidden()
         if config is SMALL:
-            page.uncheck("#centre")
+            visit.anew(lambda: page.uncheck("#centre"))  # which begins an election, as drawing does
         else:
             expect(page.locator("#centring")).to_be_hidden()
             page.locator("#colour").fill("#ff8800")
         expect(page.locator("#provenance")).to_contain_text("ships no attacked images")
         visit.anew(lambda: draw_by_mouse(page))
         _, height, width = config.classifier.input_shape
-        assert page.locator("#read").evaluate("(canvas) => [canvas.height, canvas.width]") == [height, width]
+        for name, size in (("height", height), ("width", width)):
+            expect(page.locator("#read")).to_have_js_property(name, size)
         assert page.locator("#bars .row").count() == config.classifier.classes
 
 
