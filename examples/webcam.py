@@ -1,7 +1,7 @@
 """Watch a camera, a video or a folder of images through a CARSO service.
 
     carso serve &
-    python examples/webcam.py                      # the first camera; this and a video need OpenCV
+    python examples/webcam.py                      # the first camera; this and a video need carso[video]
     python examples/webcam.py clip.mp4 --invert    # a video of dark digits on white paper
     python examples/webcam.py docs/samples         # a folder needs no OpenCV
 
@@ -28,7 +28,7 @@ def frames_of(source: str) -> Iterator[Frame]:
     try:
         import cv2
     except ImportError:
-        sys.exit("a camera or a video needs OpenCV: pip install opencv-python-headless (a folder of images does not)")
+        sys.exit("a camera or a video needs OpenCV: pip install 'carso[video]' (a folder of images does not)")
     capture = cv2.VideoCapture(int(source) if source.isdigit() else source)
     if not capture.isOpened():
         sys.exit(f"{source} is neither a folder, nor a video that OpenCV reads, nor the number of a camera")

@@ -287,15 +287,6 @@ def test_an_attack_through_the_api_is_refused_by_name(refusing, pairs):
     assert service.answers() == {}
 
 
-def test_a_frame_of_a_stream_is_compared_with_what_its_caller_sent_elsewhere(marking, pairs):
-    first, changed = pairs[9]
-    with marking.client() as client, streaming(marking, rate=1) as stream:
-        assert as_npy("/classify", client, first).status_code == 200
-        stream.send(changed[0].tolist())
-        fast, robust = stream.line(), stream.line()
-    assert fast["prediction"]["near_duplicate"] and robust["prediction"]["near_duplicate"]
-
-
 @pytest.mark.parametrize("action", ["mark", "refuse"])
 def test_a_bundle_that_does_not_say_how_near_that_is_ends_the_start(action):
     ended = start(duplicates=action, bundle=shared_bundle(COLOUR))

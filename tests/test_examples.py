@@ -42,7 +42,7 @@ def test_the_webcam_client_says_what_it_lacks(server: Server, tmp_path: Path):
     (tmp_path / "cv2.py").write_text("raise ImportError")  # as if it were not installed
     ended = webcam("0", "--url", server.url, PYTHONPATH=str(tmp_path))
     assert (ended.returncode, ended.stdout) == (1, "")
-    assert "pip install opencv-python-headless" in ended.stderr
+    assert "pip install 'carso[video]'" in ended.stderr
     nobody = webcam(tmp_path, "--url", "http://127.0.0.1:9")
     assert nobody.returncode == 1
     assert "Traceback" not in nobody.stderr
@@ -50,7 +50,7 @@ def test_the_webcam_client_says_what_it_lacks(server: Server, tmp_path: Path):
 
 @pytest.mark.slow  # it installs OpenCV
 def test_the_webcam_client_takes_a_video(server: Server, tmp_path: Path):
-    python = python_with("opencv-python-headless==4.12.0.88", "-e", f"{ROOT}")
+    python = python_with("opencv-python-headless==4.12.0.88", "-e", f"{ROOT}[video]")
     made = (
         "import cv2, numpy, sys\n"
         "video = cv2.VideoWriter(sys.argv[1], cv2.VideoWriter_fourcc(*'MJPG'), 10, (64, 48))\n"
