@@ -44,7 +44,11 @@ def facts(bundle: Bundle) -> dict[str, Any]:
         "system": platform.platform(),
         "python": platform.python_version(),
         "libraries": {name: found for name in LIBRARIES if (found := _version(name))},
-        "settings": {name: value for name, value in os.environ.items() if name.startswith(("CARSO_", "OMP_"))},
+        "settings": {
+            name: value
+            for name, value in os.environ.items()
+            if name.startswith(("CARSO_", "OMP_")) and name != "CARSO_DATA"
+        },
         "bundle": {"name": bundle.manifest.name, "version": bundle.manifest.version, "checksum": bundle.checksum},
     }
 

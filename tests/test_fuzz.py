@@ -6,6 +6,7 @@ Some hundred by default; ten thousand with `pytest -m slow`.
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import subprocess
@@ -130,7 +131,8 @@ def from_schema(server: Server, folder: Path, size: Size, *, seed: int) -> None:
     amount = ["--max-examples", str(size.examples), "--seed", str(seed), "--suppress-health-check", "too_slow"]
     arguments = ["--checks", checks, "--phases", "fuzzing", *amount]
     command = [Path(sys.executable).parent / "schemathesis", "run", f"{server.url}/openapi.json", *arguments]
-    ended = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    environment = os.environ | {"SCHEMATHESIS_HOOKS": str(Path(__file__).with_name("schemathesis_hooks.py"))}
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert ended.returncode == 0, ended.stdout[-4000:]
 
 

@@ -14,8 +14,8 @@ UNEVEN = [frozenset(range(12)), frozenset(range(12, 16))]
 FOUR_NODES = [frozenset(range(first, first + 4)) for first in (0, 4, 8, 12)]
 
 
-@pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (2, 1), (4, 1), (7, 1), (8, 2), (16, 4), (64, 16)])
-def test_auto_takes_a_worker_for_every_four_processors(cpus, workers):
+@pytest.mark.parametrize(("cpus", "workers"), [(1, 1), (2, 2), (7, 7), (64, 64), (192, 64)])
+def test_auto_takes_a_worker_for_each_processor_up_to_a_limit(cpus, workers):
     assert how_many("auto", cpus=cpus, on_gpu=False) == workers
     assert how_many("auto", cpus=cpus, on_gpu=True) == 1
     assert how_many(3, cpus=cpus, on_gpu=False) == 3

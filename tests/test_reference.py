@@ -136,6 +136,17 @@ def test_the_readme_says_of_the_other_bundles_what_was_measured() -> None:
         assert clean.images == 10_000 and f"{clean.accuracy:.2f} %" in said
 
 
+def test_the_page_on_certificates_says_what_is_proven_by_the_bundle_that_ships() -> None:
+    page = (ROOT / "docs" / "certificate.md").read_text()
+    cells = [
+        c for c in Bundle.load(ROOT / "models" / "mnist-certified").manifest.table if c.threat.attack == "certified"
+    ]
+    right = [100 * cell.correct / cell.images for cell in cells]
+    wrong = [100 * (cell.threat.settings["proven"] - cell.correct) / cell.images for cell in cells]
+    for what, row in (("right", right), ("wrong", wrong)):
+        assert f"| {what} and proven, % | {' | '.join(f'{share:.1f}' for share in row)} |" in page
+
+
 def _cells(bundle: str, defence: str, attack: str, *, eps: float) -> list[Cell]:
     table = Bundle.load(ROOT / "models" / bundle).manifest.table
     return [c for c in table if (c.defence, c.threat.attack, c.threat.eps) == (defence, attack, eps)]

@@ -160,8 +160,7 @@ class Settings(BaseModel):
     workers: Workers = _inference(
         default=1,
         description="Processes that serve at one port, each with its own engine on its share of the processors. "
-        "auto is one for every four processors, and one on a GPU. More than one need the CPU. Each of them loads the "
-        "bundle.",
+        "auto is one for each processor, and one on a GPU. More than one need the CPU. Each of them loads the bundle.",
     )
     spin: bool = _inference(
         default=False,

@@ -10,7 +10,7 @@ from pathlib import Path
 from carso.choices import Device, Workers
 from carso.inference.runtime import GPU_BUILD, installed
 
-CPUS_EACH = 4  # processors for each worker that `auto` takes; not measured yet (benchmarks/workers.py)
+MOST = 64  # workers that `auto` takes
 NODES = Path("/sys/devices/system/node")
 
 
@@ -25,12 +25,12 @@ class Place:
 def how_many(asked: Workers, *, cpus: int, on_gpu: bool) -> int:
     """Return the number of workers.
 
-    `auto` is one on a GPU, which one process owns, and otherwise one for every CPUS_EACH of the processors that the
-    service may use.
+    `auto` is one on a GPU, which one process owns, and otherwise one for each processor that the service may use, up to
+    MOST: benchmarks/workers.py measured this on two processors.
     """
     if asked != "auto":
         return asked
-    return 1 if on_gpu else max(1, cpus // CPUS_EACH)
+    return 1 if on_gpu else min(cpus, MOST)
 
 
 def may_be_on_gpu(device: Device) -> bool:
