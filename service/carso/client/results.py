@@ -16,11 +16,13 @@ from typing import Any
 from pydantic import Base64Bytes, BaseModel, ConfigDict
 
 
-class _Value(BaseModel):
+class Value(BaseModel):
+    """A part of an answer. It cannot be changed, and keeps the fields that a later service may add."""
+
     model_config = ConfigDict(frozen=True, extra="allow", defer_build=True)  # each is built when it is first used
 
 
-class BundleName(_Value):
+class BundleName(Value):
     """Which bundle answered."""
 
     name: str
@@ -28,14 +30,14 @@ class BundleName(_Value):
     checksum: str  # SHA-256 of the bundle's manifest
 
 
-class Certified(_Value):
+class Certified(Value):
     """What is proven: every image within `eps` of the one sent gets the same label from the first pass."""
 
     eps: float  # no value of the image differs by more, in units of its values
     margin: float  # by how much the label's score stays above all others, at least
 
 
-class FastPrediction(_Value):
+class FastPrediction(Value):
     """What the fast path says of one image."""
 
     label: int
@@ -48,7 +50,7 @@ class FastPrediction(_Value):
     probabilities: tuple[float, ...] | None = None  # of each class, in order
 
 
-class ExplainedVote(_Value):
+class ExplainedVote(Value):
     """One of the first votes."""
 
     label: int
@@ -56,7 +58,7 @@ class ExplainedVote(_Value):
     image: Base64Bytes  # PNG: the purified image that it was cast on
 
 
-class ExplainedFirstPass(_Value):
+class ExplainedFirstPass(Value):
     """What the fast path says of the same image."""
 
     label: int
@@ -64,7 +66,7 @@ class ExplainedFirstPass(_Value):
     probabilities: tuple[float, ...]  # of each class, in order
 
 
-class Explanation(_Value):
+class Explanation(Value):
     """What the votes of one image were cast on. Pictures are PNG files."""
 
     input: Base64Bytes  # the image as the service read it
@@ -76,7 +78,7 @@ class Explanation(_Value):
     first_pass: ExplainedFirstPass
 
 
-class RobustPrediction(_Value):
+class RobustPrediction(Value):
     """What the robust path says of one image, and how the vote came out."""
 
     label: int  # the class with most votes
@@ -101,7 +103,7 @@ class RobustPrediction(_Value):
     explanation: Explanation | None = None  # with explain=True
 
 
-class Timings(_Value):
+class Timings(Value):
     """How long a request took, in milliseconds, as the service measured it."""
 
     decode_ms: float
@@ -111,7 +113,7 @@ class Timings(_Value):
     vote_ms: float | None = None  # of the robust path
 
 
-class _Result(_Value):
+class _Result(Value):
     bundle: BundleName
     provider: str  # ONNX Runtime's execution provider
     request_id: str
@@ -140,7 +142,7 @@ class FirstPass(ExplainedFirstPass):
     image: int  # its index in the call
 
 
-class Tally(_Value):
+class Tally(Value):
     """An event of `votes`: the votes of one image after a round."""
 
     image: int  # its index in the call
@@ -150,7 +152,7 @@ class Tally(_Value):
     needed: int  # the fewest further votes that end the count, if all go to the leader; 0: it has ended
 
 
-class StreamStart(_Value):
+class StreamStart(Value):
     """The first line of a stream: what answers, and within which bounds."""
 
     stream: str  # the id of the request
@@ -163,7 +165,7 @@ class StreamStart(_Value):
     idle_s: float  # seconds without a frame after which the service ends the stream
 
 
-class FastFrame(_Value):
+class FastFrame(Value):
     """What the fast path says of a frame."""
 
     id: str | int
@@ -173,7 +175,7 @@ class FastFrame(_Value):
     timings: Timings | None = None
 
 
-class RobustFrame(_Value):
+class RobustFrame(Value):
     """What the robust path says of a frame."""
 
     id: str | int
@@ -183,7 +185,7 @@ class RobustFrame(_Value):
     timings: Timings | None = None
 
 
-class FrameError(_Value):
+class FrameError(Value):
     """In the place of an answer; the stream goes on."""
 
     id: str | int | None = None
@@ -194,7 +196,7 @@ class FrameError(_Value):
     retry_after: float | None = None  # seconds
 
 
-class StreamEnd(_Value):
+class StreamEnd(Value):
     """The last line of a stream."""
 
     end: str  # complete, stopping, idle or failed
@@ -204,7 +206,7 @@ class StreamEnd(_Value):
     request_id: str
 
 
-class InputSpec(_Value):
+class InputSpec(Value):
     """What an image has to be."""
 
     shape: tuple[int, int, int]  # channels, height, width
@@ -214,7 +216,7 @@ class InputSpec(_Value):
     expects: str = ""  # for people: what the images show, and how
 
 
-class Threat(_Value):
+class Threat(Value):
     """What an attacker did."""
 
     attack: str  # "adaptive": all that an attacker could do who knows everything
@@ -222,7 +224,7 @@ class Threat(_Value):
     eps: float
 
 
-class Cell(_Value):
+class Cell(Value):
     """One measured accuracy."""
 
     defence: str  # "carso": the robust path; "classifier": the fast path
@@ -241,7 +243,7 @@ class BundleInfo(BundleName):
     table: tuple[Cell, ...] = ()  # measured accuracies, those under adaptive attack first
 
 
-class DeviceInfo(_Value):
+class DeviceInfo(Value):
     """What it is served on."""
 
     asked: str
@@ -251,7 +253,7 @@ class DeviceInfo(_Value):
     precision_because: str | None = None  # why they have it
 
 
-class Limits(_Value):
+class Limits(Value):
     """What the service takes in one request."""
 
     max_samples: int
@@ -267,7 +269,7 @@ class Limits(_Value):
     certify_eps: float | None = None  # and at which eps
 
 
-class Info(_Value):
+class Info(Value):
     """The answer of `info`."""
 
     version: str  # of the service
@@ -281,7 +283,7 @@ class Info(_Value):
     media_types: tuple[str, ...]
 
 
-class Health(_Value):
+class Health(Value):
     """The answer of a probe."""
 
     status: str

@@ -17,7 +17,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from carso.client.errors import Unavailable, UnexpectedAnswer
 from carso.client.images import Image, json_of
-from carso.client.results import FastFrame, FrameError, RobustFrame, StreamEnd, StreamStart, _Value
+from carso.client.results import FastFrame, FrameError, RobustFrame, StreamEnd, StreamStart, Value
 
 StreamAnswer: TypeAlias = FastFrame | RobustFrame | FrameError
 T = TypeVar("T")
@@ -89,7 +89,7 @@ class Conversation:
         if self.end.end != "complete":
             raise Unavailable(self.end.message, request_id=self.end.request_id, error=self.end.end)
 
-    def _read(self, line: bytes) -> _Value:
+    def _read(self, line: bytes) -> Value:
         try:
             content = json.loads(line)
             kind = next(kind for name, kind in _KINDS if name in content)
@@ -104,7 +104,7 @@ class Conversation:
 
 
 # by what only lines of this kind have, in the order in which to look
-_KINDS: tuple[tuple[str, type[_Value]], ...] = (
+_KINDS: tuple[tuple[str, type[Value]], ...] = (
     ("stream", StreamStart),
     ("end", StreamEnd),
     ("error", FrameError),
