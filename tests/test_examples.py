@@ -50,7 +50,7 @@ def test_the_webcam_client_says_what_it_lacks(server: Server, tmp_path: Path):
 
 @pytest.mark.slow  # it installs OpenCV
 def test_the_webcam_client_takes_a_video(server: Server, tmp_path: Path):
-    python = python_with("opencv-python-headless==4.12.0.88", "-e", f"{ROOT}[video]")
+    python = python_with("opencv-python-headless==4.13.0.92", "-e", f"{ROOT}[video]")
     made = (
         "import cv2, numpy, sys\n"
         "video = cv2.VideoWriter(sys.argv[1], cv2.VideoWriter_fourcc(*'MJPG'), 10, (64, 48))\n"
