@@ -415,11 +415,16 @@ here, there = Client(sys.argv[1], retries=0), AsyncClient(sys.argv[1], retries=0
 async def events():
     return [event async for event in there.votes(b"image")]
 
+async def answers():
+    return [answer async for answer in there.stream([b"image"])]
+
 for ask in (
     here.info,
     lambda: list(here.votes(b"image")),
     lambda: asyncio.run(there.info()),
     lambda: asyncio.run(events()),
+    lambda: list(here.stream([b"image"])),
+    lambda: asyncio.run(answers()),
 ):
     try:
         ask()
@@ -446,7 +451,7 @@ def test_what_a_socks_proxy_refuses_is_an_error_that_names_the_proxy(server, pro
         program = [sys.executable, "-c", ASK_BOTH, SERVICE]
         done = subprocess.run(program, env=variables, capture_output=True, text=True, check=True)
     lines = done.stdout.splitlines()
-    assert len(lines) == 4
+    assert len(lines) == 6
     for line in lines:
         assert part in line
         assert f"through the proxy socks5://127.0.0.1:{proxy.port}, which ALL_PROXY names" in line

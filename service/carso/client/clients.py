@@ -260,15 +260,8 @@ class Client(_Calls):
             explain=explain,
         )
         call = self._votes(images, options, deadline)
-        while True:
-            outcome = self._attempt(call, stream=True)
-            if isinstance(outcome, httpx.Response) and outcome.is_success:
-                with closing(outcome):
-                    yield from self._events(call, outcome)
-                return
-            verdict = call.judge(outcome)
-            if isinstance(verdict, float):
-                time.sleep(verdict)
+        with closing(self._opened(call)) as response:
+            yield from self._events(call, response)
 
     def _events(self, call: Call[RobustResult], response: httpx.Response) -> Generator[Event]:
         call.check_streams(response)
@@ -406,6 +399,16 @@ class Client(_Calls):
                 return verdict
             time.sleep(verdict)
 
+    def _opened(self, call: Call[R]) -> httpx.Response:
+        """Send a call until there is a 2xx, and return that; its body is not read yet."""
+        while True:
+            outcome = self._attempt(call, stream=True)
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                return outcome
+            verdict = call.judge(outcome)
+            if isinstance(verdict, float):
+                time.sleep(verdict)
+
     def _attempt(self, call: Call[R], *, stream: bool = False) -> httpx.Response | httpx.RequestError:
         """Send a call once; return its answer, or why there is none. `stream`: the body of a 2xx is not read yet."""
         request = call.request()
@@ -524,16 +527,9 @@ class AsyncClient(_Calls):
             explain=explain,
         )
         call = self._votes(images, options, deadline)
-        while True:
-            outcome = await self._attempt(call, stream=True)
-            if isinstance(outcome, httpx.Response) and outcome.is_success:
-                async with aclosing(outcome), aclosing(self._events(call, outcome)) as events_of_call:
-                    async for event in events_of_call:
-                        yield event
-                return
-            verdict = call.judge(outcome)
-            if isinstance(verdict, float):
-                await asyncio.sleep(verdict)
+        async with aclosing(await self._opened(call)) as response, aclosing(self._events(call, response)) as events:
+            async for event in events:
+                yield event
 
     async def _events(self, call: Call[RobustResult], response: httpx.Response) -> AsyncGenerator[Event]:
         call.check_streams(response)
@@ -657,20 +653,6 @@ class AsyncClient(_Calls):
             await asyncio.gather(sending, return_exceptions=True)
             await response.aclose()
 
-    async def _opened(self, call: Call[StreamStart]) -> httpx.Response:
-        while True:
-            outcome: httpx.Response | httpx.RequestError
-            try:
-                outcome = await self._http.send(call.request(), stream=True)
-                if outcome.is_success:
-                    return outcome
-                await outcome.aread()
-            except httpx.RequestError as e:
-                outcome = e
-            verdict = call.judge(outcome)
-            if isinstance(verdict, float):
-                await asyncio.sleep(verdict)
-
     async def info(self) -> Info:
         """Ask what is served, as `Client.info` does.
 
@@ -705,6 +687,16 @@ class AsyncClient(_Calls):
             if not isinstance(verdict, float):
                 return verdict
             await asyncio.sleep(verdict)
+
+    async def _opened(self, call: Call[R]) -> httpx.Response:
+        """Send a call until there is a 2xx, as `Client._opened` does."""
+        while True:
+            outcome = await self._attempt(call, stream=True)
+            if isinstance(outcome, httpx.Response) and outcome.is_success:
+                return outcome
+            verdict = call.judge(outcome)
+            if isinstance(verdict, float):
+                await asyncio.sleep(verdict)
 
     async def _attempt(self, call: Call[R], *, stream: bool = False) -> httpx.Response | httpx.RequestError:
         """Send a call once, as `Client._attempt` does."""
