@@ -1,9 +1,9 @@
 """What certificates cost and save, in process and over HTTP: python -m benchmarks.certify --bundle FOLDER
 
-In process: one pass of the bounds over one first pass, for single images and for batches. Over HTTP: a service whose
-default is `certify=decide`, asked for clean test images and for the same ones attacked by PGD against its classifier.
-Phases are short and interleaved, and each ratio is taken within one repetition. The bundle must have bounds; those that
-were not trained for them prove nothing, and then `decide` only costs.
+In process: one pass of the bounds over one first pass, for single images and for batches. Over HTTP: a service that is
+asked for `certify=decide` and for no proof, of clean test images and of the same ones attacked by PGD against its
+classifier. Phases are short and interleaved, and each ratio is taken within one repetition. The bundle must have
+bounds; those that were not trained for them prove nothing, and then `decide` only costs.
 """
 
 from __future__ import annotations

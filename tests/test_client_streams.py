@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import threading
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -139,15 +140,16 @@ def test_a_stream_that_is_left_early_is_hung_up(server):
         assert client.classify_fast(PNG).predictions
 
 
+def one_and_a_pause(more: threading.Event) -> Iterator[bytes]:
+    """One frame, and no end until there is more to send."""
+    yield PNG
+    more.wait(60)
+
+
 def test_a_service_that_stops_ends_the_stream_by_an_error_that_says_so(tmp_path):
     more = threading.Event()
-
-    def frames():
-        yield PNG
-        more.wait(60)
-
     with serving(shared_bundle(SMALL), tmp_path / "log") as server, Client(server.url) as client:
-        answers = client.stream(frames(), rate=0)
+        answers = client.stream(one_and_a_pause(more), rate=0)
         assert next(answers).id == 0
         server.process.send_signal(signal.SIGTERM)
         with pytest.raises(Unavailable) as stopped:
@@ -158,13 +160,8 @@ def test_a_service_that_stops_ends_the_stream_by_an_error_that_says_so(tmp_path)
 
 def test_a_service_that_dies_cuts_the_stream_off(tmp_path):
     more = threading.Event()
-
-    def frames():
-        yield PNG
-        more.wait(60)
-
     with serving(shared_bundle(SMALL), tmp_path / "log") as server, Client(server.url) as client:
-        answers = client.stream(frames(), rate=0)
+        answers = client.stream(one_and_a_pause(more), rate=0)
         assert next(answers).id == 0
         server.process.kill()
         with pytest.raises(Unavailable, match="was cut off"):

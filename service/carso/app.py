@@ -267,6 +267,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
     for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
         app.add_exception_handler(kind, refuse)
     bodies = Bodies(settings.bodies_bytes, whole)
+    origins = settings.cors_origins.split(",") if settings.cors_origins else []
     app.add_middleware(
         Envelope,
         max_body_bytes=settings.max_body_bytes,
@@ -278,15 +279,15 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         endpoints=[path for route in app.routes if (path := getattr(route, "path", None))],
         metrics=metrics,
         lifecycle=lifecycle,
-        origins=settings.cors_origins.split(",") if settings.cors_origins else (),
+        origins=origins,
     )
     grpc = _grpc(settings, models, probes, keys=keys, bodies=bodies, metrics=metrics)
     if tracing:
         app.add_middleware(tracing.around)
-    if settings.cors_origins:
+    if origins:
         app.add_middleware(
             CORSMiddleware,  # outermost: a browser's preflight carries no key
-            allow_origins=settings.cors_origins.split(","),
+            allow_origins=origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
             expose_headers=("X-Request-ID", "Retry-After"),
