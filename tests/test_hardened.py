@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from carso.bundle import Bundle, Cell, Threat
+from carso.bundle import Bundle, Cell, Threat, sealed
 from carso.inference.sessions import Sessions
 from carso_training.datasets import dataset
 from carso_training.datasets.examples import Examples
 from carso_training.export import weights
+from carso_training.export.files import export
 from carso_training.fitting import hardened
 from carso_training.fitting.hardened import Hardened, attacked_images, harden
 from carso_training.fitting.optimizers import optimizers_of
@@ -48,6 +50,7 @@ TINY = {
     "samples": 20,
 }
 RECIPE = Recipe.model_validate(TINY)
+SMALLER = {"network": "fcn", "hidden": [7]}  # a second pass
 EPOCHS, STEPS = 2, 3  # 300 images in batches of 100
 ROUNDING = 1e-6
 
@@ -151,6 +154,29 @@ def test_the_second_pass_of_the_bundle_is_a_classifier_of_its_own_and_the_servic
     assert np.mean(votes[0].argmax(dim=1).numpy() == bundle.self_test.votes) > 0.98
 
 
+def test_a_smaller_second_pass_is_trained_from_fresh_weights_and_votes(opened, tmp_path):
+    smaller = Recipe.model_validate(TINY | {"second_pass": SMALLER})
+    train, test = (dataset("mnist").load(split) for split in ("train", "test"))
+    run = Run(smaller, tmp_path / "run", opened.fabric, train=train, test=test)
+    for stage in ("undefended", "adversarial", "purifier"):
+        shutil.copytree(opened.folder.stage(stage), run.folder.stage(stage))
+    second_pass = run.train().second_pass
+    found, start = second_pass.state_dict(), hardened.begun_second_pass(smaller, second_pass).state_dict()
+    assert [tuple(found[name].shape) for name in ("hidden.0.weight", "last.weight")] == [(7, 784), (10, 7)]
+    assert not torch.equal(found["last.weight"], start["last.weight"])
+
+    trained = run.train()  # reads what is there
+    pixels = opened.validation.pixels(slice(8))
+    parts = {"classifier": trained.classifier, "purifier": trained.purifier, "second_pass": trained.second_pass}
+    export(**parts, images=pixels, folder=tmp_path / "bundle")
+    others = Bundle.load(opened.folder.bundle).manifest.model_dump(exclude={"schema_version", "files"})
+    sealed(tmp_path / "bundle", others | {"recipe": smaller.model_dump(mode="json")})
+    bundle = Bundle.load(tmp_path / "bundle")
+    Sessions(bundle, device="cpu", threads=1)  # raises if the graphs do not give the known answers
+    torch.testing.assert_close(weights.second_pass_of(bundle)(pixels), second_pass(pixels))
+    torch.testing.assert_close(weights.classifier_of(bundle)(pixels), trained.classifier(pixels))
+
+
 def test_the_bundle_says_how_it_was_trained_and_its_table_is_of_the_hardened_networks(opened, bundle):
     assert Recipe.model_validate(bundle.manifest.recipe) == RECIPE
     card = (opened.folder.bundle / "MODEL_CARD.md").read_text()
@@ -201,7 +227,8 @@ def attack(network: Hardened, data: Examples, *, steps: int, seed: int = 0, dtyp
 def fresh(seed: int = 0) -> Hardened:
     torch.manual_seed(seed)
     classifier = build_classifier(RECIPE.classifier)
-    return hardened._prepared(classifier, build_purifier(RECIPE.purifier), first_pass=True)
+    second_pass = hardened.begun_second_pass(RECIPE, classifier)
+    return hardened._prepared(classifier, build_purifier(RECIPE.purifier), second_pass, first_pass=True)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -261,6 +288,21 @@ def test_a_mistake_in_a_hardening_is_named(mistake):
     change, reason = MISTAKES[mistake]
     with pytest.raises(ValidationError, match=reason):
         Recipe.model_validate(TINY | {"hardening": TINY["hardening"] | change})
+
+
+SECOND_PASSES = {
+    "without a hardening": ({"second_pass": SMALLER, "hardening": None}, "second_pass is trained by hardening only"),
+    "of another shape": ({"second_pass": SMALLER | {"input_shape": [1, 8, 8]}}, "second_pass.input_shape is"),
+    "of other classes": ({"second_pass": SMALLER | {"classes": 3}}, "second_pass.classes is 3; it must be 10"),
+    "of an unknown network": ({"second_pass": {"network": "tree"}}, "there is no network 'tree'"),
+}
+
+
+@pytest.mark.parametrize("mistake", SECOND_PASSES)
+def test_a_mistake_in_a_second_pass_is_named(mistake):
+    change, reason = SECOND_PASSES[mistake]
+    with pytest.raises(ValidationError, match=reason):
+        Recipe.model_validate(TINY | change)
 
 
 @pytest.mark.parametrize("optimizer", ["radam", "adamw", "muon"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from carso.bundle import Bundle
 from carso.choices import LEAST_PRICE, MAX_SEED
-from carso.inference.jobs import Job, Outcome, Result, Step, Ticket, VotePlan
+from carso.inference.jobs import Certify, Job, Outcome, Result, Step, Ticket, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
 from carso.inference.vote import LARGEST_BALLOT, SMALLEST_BALLOT
@@ -22,6 +22,7 @@ ROUND_ROWS = (1, 64, 300, 4096)
 FAR = 1e6  # seconds: a deadline that is never near
 COST = 1e-3  # seconds of a vote, on the clock of `Costly`
 EPS = 0.3
+PROVEN = 2.0**-10  # random networks are steep: some images are proven within it, and some are not
 
 
 class Clock:
@@ -444,6 +445,62 @@ def test_both_paths_give_the_figures_of_every_image_and_no_vote_changes(sessions
     np.testing.assert_allclose(shown(fast), expected, atol=2e-6)
     np.testing.assert_allclose(shown(robust_again), expected[:3], atol=2e-6)  # another seed, the same figures
     assert robust.outcomes == without
+
+
+class Spied:
+    """Sessions that note how many rows each run has, by the name of the method."""
+
+    def __init__(self, sessions: Sessions) -> None:
+        self._sessions = sessions
+        self.runs: list[tuple[str, int]] = []
+
+    def __getattr__(self, name: str) -> object:
+        method = getattr(self._sessions, name)
+
+        def noted(*arrays: np.ndarray, **options: object) -> object:
+            self.runs.append((name, len(arrays[0])))
+            return method(*arrays, **options)
+
+        return noted
+
+
+@pytest.mark.parametrize("typical_on", [("robust",), ("fast", "robust")])
+def test_the_figures_of_all_images_of_a_batch_that_get_no_vote_come_from_one_run(sessions, typical_on):
+    spied = Spied(sessions)
+    pipeline = pipeline_of(spied, round_rows=512, eps=EPS, typical_on=typical_on)
+    fast = [Job(IMAGES[:2]), Job(IMAGES[2:3])]
+    robust = [Job(IMAGES[i : i + 2], plan(), certify=Certify("decide", PROVEN)) for i in range(0, len(IMAGES), 2)]
+    *answers, last = pipeline.run(fast + robust)
+    outcomes = [outcome for result in (*answers, last) for outcome in result.outcomes]
+    decided = [outcome.votes == 0 for outcome in outcomes]
+    assert 3 < sum(decided) < len(IMAGES) - 3
+    without_a_vote = sum(decided) + (3 if "fast" in typical_on else 0)
+    assert [rows for name, rows in spied.runs if name == "purify"] == [without_a_vote]
+    found = [figures for result in (*answers[2:], last) for figures in shown(result)]
+    np.testing.assert_allclose(found, figures_of(sessions, IMAGES), atol=2e-6)
+    assert [result.typicalities is None for result in answers[:2]] == ["fast" not in typical_on] * 2
+
+
+@pytest.mark.parametrize("mode", ["report", "decide", "max"])
+def test_proofs_and_what_they_decide_are_the_same_alone_and_under_mixed_load(sessions, mode):
+    certify = Certify(mode, PROVEN)
+    alone = [
+        answered(pipeline_of(sessions, round_rows=512, eps=EPS), Job(IMAGES[i : i + 1], plan(), certify=certify))
+        for i in range(len(IMAGES))
+    ]
+    pipeline = pipeline_of(sessions, round_rows=7, eps=EPS)
+    others = [Job(IMAGES, plan(seed=3)), Job(IMAGES[:3], certify=Certify("report", 0.5)), Job(IMAGES[:1])]
+    *_, mixed = pipeline.run([*others, Job(IMAGES, plan(), certify=certify)])
+    assert mixed.outcomes == tuple(outcome for result in alone for outcome in result.outcomes)
+    assert [found and found.eps for found in mixed.certificates] == [
+        found and found.eps for result in alone for found in result.certificates
+    ]
+    for image, outcome in enumerate(mixed.outcomes):
+        proven = mixed.certificates[image] is not None
+        assert (outcome.votes == 0) == (mode == "decide" and proven)
+        if outcome.votes == 0:
+            assert outcome.label == mixed.probabilities[image].argmax()
+            assert (outcome.ending, outcome.tally, outcome.seed) == ("certificate", [0] * CLASSES, 0)
 
 
 def test_a_device_that_does_both_apart_gives_the_same_votes_and_images(sessions):

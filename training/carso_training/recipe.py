@@ -107,6 +107,9 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     test_images: int | None = Field(default=None, gt=0)  # None: all
     classifier: AnyClassifierConfig
     purifier: AnyPurifierConfig
+    # The classifier that votes, where hardening trains one: from fresh weights. None: a copy of the first pass's,
+    # trained on. A smaller one makes votes cheaper
+    second_pass: AnyClassifierConfig | None = None
     undefended: Schedule
     adversarial: Schedule
     # The clean batch and the attacks that both trainings foresee, with the weight of each in the classifier's loss;
@@ -152,9 +155,10 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
             raise ValueError(f"dataset: there is no {name!r}. There are: {', '.join(DATASETS)}")
         data = DATASETS[name]
         given = {"classifier": {}, "purifier": {}} | dict(given)
-        if isinstance(given["classifier"], Mapping):
-            facts = {"classes": len(data.classes), "mean": data.mean, "std": data.std}
-            given["classifier"] = classifier_config({"input_shape": data.input_shape} | facts | given["classifier"])
+        for name in ("classifier", "second_pass"):
+            if isinstance(given.get(name), Mapping):
+                facts = {"classes": len(data.classes), "mean": data.mean, "std": data.std}
+                given[name] = classifier_config({"input_shape": data.input_shape} | facts | given[name])
         if isinstance(given["purifier"], Mapping):
             facts = {"representation": given["classifier"].representation}
             given["purifier"] = purifier_config({"input_shape": data.input_shape} | facts | given["purifier"])
@@ -167,9 +171,12 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
             (self.classifier.classes, len(self.data.classes), "classifier.classes"),
             (self.purifier.input_shape, self.data.input_shape, "purifier.input_shape"),
             (self.purifier.representation, self.classifier.representation, "purifier.representation"),
+            *self._facts_of_second_pass(),
         ):
             if found != expected:
                 raise ValueError(f"{what} is {found}; it must be {expected} for {self.data.title} and this classifier")
+        if self.second_pass is not None and self.hardening is None:
+            raise ValueError("second_pass is trained by hardening only: give hardening, or leave second_pass out")
         if self.certified_training is not None:
             if self.robust_training is not None:
                 raise ValueError("give robust_training or certified_training, not both")
@@ -178,6 +185,14 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
                     f"certified_training: the network {self.classifier.network} cannot be trained for bounds; use conv"
                 )
         return self
+
+    def _facts_of_second_pass(self) -> list[tuple[object, object, str]]:
+        if self.second_pass is None:
+            return []
+        return [
+            (self.second_pass.input_shape, self.data.input_shape, "second_pass.input_shape"),
+            (self.second_pass.classes, len(self.data.classes), "second_pass.classes"),
+        ]
 
 
 def _presets() -> dict[str, Recipe]:

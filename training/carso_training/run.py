@@ -17,7 +17,6 @@ import logging
 import shutil
 from collections.abc import Callable
 from contextlib import suppress
-from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -40,7 +39,7 @@ from carso_training.export.files import export
 from carso_training.fitting.certified import train_certified
 from carso_training.fitting.checkpoints import load_weights
 from carso_training.fitting.classifier import train_adversarial, train_undefended
-from carso_training.fitting.hardened import Hardened, harden
+from carso_training.fitting.hardened import Hardened, begun_second_pass, harden
 from carso_training.fitting.loop import WEIGHTS
 from carso_training.fitting.purifier import train_purifier
 from carso_training.fitting.robust import train_robust
@@ -284,7 +283,8 @@ class Run:
         )
         if "hardening" not in self.folder.stages:
             return Trained(undefended=undefended, classifier=classifier, purifier=purifier)
-        hardened = Hardened(classifier=classifier, purifier=purifier, second_pass=deepcopy(classifier))
+        second_pass = begun_second_pass(self.recipe, classifier)
+        hardened = Hardened(classifier=classifier, purifier=purifier, second_pass=second_pass)
         load_weights(hardened, self.folder.weights("hardening"))
         return Trained(
             undefended=undefended,

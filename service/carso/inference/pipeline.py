@@ -16,9 +16,8 @@ import math
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
-from typing import get_args
 
 import numpy as np
 
@@ -78,9 +77,8 @@ class Pipeline:
         self.latent = latent
         self.classes = classes
         self.round_rows = round_rows
-        self._eps: dict[PathName, float | None] = {
-            path: eps if path in typical_on else None for path in get_args(PathName)
-        }
+        self._eps = eps
+        self._typical_on = frozenset[PathName]() if eps is None else frozenset(typical_on)
         self._clock = clock
         # of samples and risk; bounded, because callers choose both
         self._rule = lru_cache(maxsize=128)(partial(StoppingRule, classes=classes))
@@ -214,38 +212,50 @@ class Pipeline:
         codes = np.concatenate([part.codes for part in parts])
         labels = probabilities.argmax(axis=1)
         proven = self._certificates(batch, images, labels)
-        figures = self._typical_of_fast(batch, codes)
+        decided = _decided(batch, proven)
+        figures = self._typical_without_a_vote(batch, images, codes, decided)
         done = self._clock()
 
         finished: list[tuple[Ticket, Result | None]] = []
-        offset = decided = 0
+        end = spared = 0
         for ticket in batch:
-            own = slice(offset, offset + len(ticket.job.images))
-            offset = own.stop
+            own = range(end, end := end + len(ticket.job.images))
+            rows, plan = slice(own.start, own.stop), ticket.job.plan
             if FirstSeen in ticket.followed:
-                found = zip(probabilities[own], codes[own], strict=True)
+                found = zip(probabilities[rows], codes[rows], strict=True)
                 news += [(ticket, FirstSeen(image, *each)) for image, each in enumerate(found)]
-            if ticket.job.plan is None:
-                times = Times(ticket.submitted, started, done, done)
-                result = Result(
-                    probabilities[own], (), times, figures and figures[own], certificates=proven.get(ticket)
-                )
-                finished.append((ticket, result))
-                continue
-            progress = Progress(
-                ticket,
-                probabilities[own],
-                started,
-                done,
-                deadline=math.inf if ticket.job.deadline is None else ticket.job.deadline,
-                open=len(ticket.job.images),
+            outcomes: dict[int, Outcome] = {}
+            if plan is not None:
+                seeds = _fresh_seeds(len(own)) if plan.seed is None else [plan.seed] * len(own)
+                outcomes = {
+                    row - own.start: self._outcome_of_proof(label, seed)
+                    for row, label, seed in zip(own, labels[rows].tolist(), seeds, strict=True)
+                    if row in decided
+                }
+                spared += len(outcomes) * plan.samples
+                if len(outcomes) < len(own):
+                    progress = Progress(
+                        ticket,
+                        probabilities[rows],
+                        started,
+                        done,
+                        deadline=math.inf if ticket.job.deadline is None else ticket.job.deadline,
+                        open=len(own) - len(outcomes),
+                        certificates=proven.get(ticket),
+                        outcomes=outcomes,
+                        typicalities={row - own.start: figures[row] for row in own if row in figures},
+                    )
+                    self._open_elections(progress, plan, codes[rows], labels[rows].tolist(), seeds)
+                    continue
+            result = Result(
+                probabilities[rows],
+                tuple(outcomes.values()),
+                Times(ticket.submitted, started, done, self._clock() if outcomes else done),
+                tuple(figures[row] for row in own) if own.start in figures else None,
                 certificates=proven.get(ticket),
             )
-            self._open_elections(progress, ticket.job.plan, codes[own], labels[own].tolist())
-            decided += len(progress.outcomes) * ticket.job.plan.samples
-            if not progress.open:
-                finished.append((ticket, progress.result(finished=self._clock())))
-        return finished, decided
+            finished.append((ticket, result))
+        return finished, spared
 
     def _certificates(
         self, batch: Sequence[Ticket], images: np.ndarray, labels: np.ndarray
@@ -269,42 +279,37 @@ class Pipeline:
                 proven[ticket], found = tuple(found[: len(own)]), found[len(own) :]
         return proven
 
-    def _open_elections(self, progress: Progress, plan: VotePlan, codes: np.ndarray, expected: list[int]) -> None:
-        """Open an election for each image of a job, but for those that a certificate decides."""
+    def _outcome_of_proof(self, label: int, seed: int) -> Outcome:
+        return Outcome(label, 0, [0] * self.classes, "certificate", risk_reached=1.0, seed=seed)
+
+    def _open_elections(
+        self, progress: Progress, plan: VotePlan, codes: np.ndarray, expected: list[int], seeds: list[int]
+    ) -> None:
+        """Open an election for each image of a job that has no outcome yet."""
         rule = self._rule(samples=plan.samples, risk=plan.risk)
-        seeds = _fresh_seeds(len(codes)) if plan.seed is None else [plan.seed] * len(codes)
-        decided: list[int] = []
         for image, (seed, label) in enumerate(zip(seeds, expected, strict=True)):
-            tally = [0] * self.classes
-            if self._is_decided(progress, image):
-                decided.append(image)
-                progress.outcomes[image] = Outcome(label, 0, tally, "certificate", risk_reached=1.0, seed=seed)
-                continue
-            code = codes[image : image + 1]
-            self._open.append(Election(progress, image, rule, seed, code, label, tally, rule.first_ballot))
-        progress.open -= len(decided)
+            if image not in progress.outcomes:
+                tally = [0] * self.classes
+                code = codes[image : image + 1]
+                self._open.append(Election(progress, image, rule, seed, code, label, tally, rule.first_ballot))
         self._called += progress.open * rule.first_ballot
-        if progress.open:
-            self._voting.add(progress)
-        if decided and (eps := self._eps["robust"]) is not None:  # no vote will tell whether they are typical
-            figures = self._figures(progress.ticket.job.images[decided], codes[decided], eps)
-            progress.typicalities.update(zip(decided, figures, strict=True))
+        self._voting.add(progress)
 
-    @staticmethod
-    def _is_decided(progress: Progress, image: int) -> bool:
-        job, proven = progress.ticket.job, progress.certificates
-        if job.certify is None or proven is None or job.explain:  # an explanation shows votes, so they are cast
-            return False
-        return job.certify.mode == "decide" and proven[image] is not None
-
-    def _typical_of_fast(self, batch: Sequence[Ticket], codes: np.ndarray) -> tuple[Typicality, ...] | None:
-        """The figures of the images on the fast path, which are the first of a batch; None: nobody asked."""
-        eps = self._eps["fast"]
-        fast = [ticket.job.images for ticket in batch if ticket.job.plan is None]
-        if eps is None or not fast:
-            return None
-        images = np.concatenate(fast)
-        return tuple(self._figures(images, codes[: len(images)], eps))
+    def _typical_without_a_vote(
+        self, batch: Sequence[Ticket], images: np.ndarray, codes: np.ndarray, decided: set[int]
+    ) -> dict[int, Typicality]:
+        """The figures of those images of a batch, by row, whose votes will not give them: of the fast path, and decided
+        by a certificate.
+        """
+        rows: list[int] = []
+        end = 0
+        for ticket in batch:
+            own = range(end, end := end + len(ticket.job.images))
+            if ticket.job.path in self._typical_on:
+                rows += own if ticket.job.plan is None else [row for row in own if row in decided]
+        if self._eps is None or not rows:
+            return {}
+        return dict(zip(rows, self._figures(images[rows], codes[rows], self._eps), strict=True))
 
     def _figures(self, images: np.ndarray, codes: np.ndarray, eps: float) -> list[Typicality]:
         """How typical images are, by a purified version of each, of latent 0."""
@@ -372,7 +377,7 @@ class Pipeline:
         """Cast `sizes` votes of each election, and note the figures of images that have no vote yet, if they are asked
         for. Return the class of each vote, in the order of `code_index`.
         """
-        eps = self._eps["robust"]
+        eps = self._eps if "robust" in self._typical_on else None
         new = [] if eps is None else [index for index, election in enumerate(elections) if not election.cast]
         latents = np.zeros((len(code_index) + len(new), self.latent), np.float32)  # 0 for the purified images
         start = 0
@@ -444,6 +449,19 @@ class Pipeline:
                 self._voting.remove(progress)
                 closed.append(progress)
         return closed
+
+
+def _decided(batch: Sequence[Ticket], proven: Mapping[Ticket, Sequence[Certificate | None]]) -> set[int]:
+    """Return the rows of a batch whose label a certificate decides."""
+    found: set[int] = set()
+    end = 0
+    for ticket in batch:
+        own = range(end, end := end + len(ticket.job.images))
+        job = ticket.job
+        # an explanation shows votes, so they are cast
+        if job.certify is not None and job.certify.mode == "decide" and job.plan is not None and not job.explain:
+            found.update(row for row, certificate in zip(own, proven[ticket], strict=True) if certificate is not None)
+    return found
 
 
 def _fresh_seeds(count: int) -> list[int]:

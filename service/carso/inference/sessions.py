@@ -42,6 +42,11 @@ MARGIN_TOLERANCE = 1e-3
 CUDA_BUCKETS = (32, 128, 512, 2048, 8192)
 
 
+# By default, a run computes every node of the graph, also those that no output which was asked for needs
+ONLY_WHAT_IS_ASKED_FOR = ort.RunOptions()
+ONLY_WHAT_IS_ASKED_FOR.only_execute_path_to_fetches = True
+
+
 class DeviceError(Exception):
     """The device that was asked for is not available, or what runs on it gives wrong answers."""
 
@@ -235,7 +240,7 @@ class _Batches:
         padded = {name: self._padded(array) for name, array in feeds.items()}
         found: list[np.ndarray]
         if not all(len(array) in self._sizes for array in padded.values()):
-            found = self._session.run(list(outputs), padded)
+            found = self._session.run(list(outputs), padded, ONLY_WHAT_IS_ASKED_FOR)
             return found
         key = (outputs, *(len(array) for array in padded.values()))
         if key not in self._bound:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from carso.bundle import Bundle
 from safetensors.torch import load_file
@@ -39,12 +41,15 @@ def save(folder: Path, *, classifier: Classifier, purifier: Purifier, second_pas
 
 def classifier_of(bundle: Bundle) -> Classifier:
     """Return the classifier of the first pass, on the CPU and in eval mode."""
-    return _classifier(bundle, CLASSIFIER)
+    return _classifier(bundle, CLASSIFIER, bundle.manifest.recipe["classifier"])
 
 
 def second_pass_of(bundle: Bundle) -> Classifier:
     """Return the classifier that votes, on the CPU and in eval mode: often the first pass's."""
-    return _classifier(bundle, SECOND_PASS if SECOND_PASS in bundle.manifest.files else CLASSIFIER)
+    if SECOND_PASS not in bundle.manifest.files:
+        return classifier_of(bundle)
+    recipe = bundle.manifest.recipe
+    return _classifier(bundle, SECOND_PASS, recipe.get("second_pass") or recipe["classifier"])
 
 
 def purifier_of(bundle: Bundle) -> Purifier:
@@ -55,7 +60,7 @@ def purifier_of(bundle: Bundle) -> Purifier:
     return purifier.eval()
 
 
-def _classifier(bundle: Bundle, name: str) -> Classifier:
-    classifier = build_classifier(classifier_config(bundle.manifest.recipe["classifier"]))
+def _classifier(bundle: Bundle, name: str, config: Mapping[str, Any]) -> Classifier:
+    classifier = build_classifier(classifier_config(config))
     classifier.load_state_dict(load_file(bundle.folder / name))
     return classifier.eval()

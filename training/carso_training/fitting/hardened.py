@@ -25,7 +25,7 @@ from carso_training.attacks.linf import climb, random_start
 from carso_training.datasets.examples import Examples
 from carso_training.fitting.loop import fit
 from carso_training.fitting.purifier import multiplies_bf16
-from carso_training.networks import Classifier, Purifier
+from carso_training.networks import Classifier, Purifier, build_classifier
 from carso_training.networks.system import System
 from carso_training.recipe import Recipe, Strengths
 
@@ -69,7 +69,7 @@ def harden(
     held_out: Examples,
     folder: Path,
 ) -> Hardened:
-    """Train a classifier and its purifier on, and a copy of the classifier that becomes the second pass.
+    """Train a classifier and its purifier on, and the classifier that votes: the second pass.
 
     The recipe must have a `hardening`. The networks given are not changed. `held_out` is never trained on; the figures
     of each epoch come from it: the accuracy of single votes, clean and under a quick attack. These are signs of
@@ -77,7 +77,8 @@ def harden(
     """
     hardening = recipe.hardening
     assert hardening is not None
-    network = _prepared(classifier, purifier, first_pass=hardening.train_first_pass)
+    second_pass = begun_second_pass(recipe, classifier)
+    network = _prepared(classifier, purifier, second_pass, first_pass=hardening.train_first_pass)
     held_out = held_out[slice(VALIDATION_IMAGES)]
     bf16 = recipe.purification_bf16 and multiplies_bf16(fabric.device)
 
@@ -169,13 +170,21 @@ def attacked_images(
     return climb(loss, start, images, eps=eps, steps=steps, step_size=STRETCH * eps / steps)
 
 
-def _prepared(classifier: Classifier, purifier: Purifier, *, first_pass: bool) -> Hardened:
-    """Copy trained networks into one, of which all that is used online is to be trained.
+def begun_second_pass(recipe: Recipe, classifier: Classifier) -> Classifier:
+    """Return the classifier that votes, as it is before hardening: `classifier` again, or the recipe's, untrained."""
+    if recipe.second_pass is None:
+        return deepcopy(classifier)
+    torch.manual_seed(recipe.seed + 3)
+    return build_classifier(recipe.second_pass).to(next(classifier.parameters()).device).eval()
 
-    `first_pass`: whether the first pass is, too.
+
+def _prepared(classifier: Classifier, purifier: Purifier, second_pass: Classifier, *, first_pass: bool) -> Hardened:
+    """Put networks into one, of which all that is used online is to be trained. The first two are copied.
+
+    `first_pass`: whether the first pass is to be trained, too.
     """
     network = Hardened(
-        classifier=deepcopy(classifier), purifier=deepcopy(purifier), second_pass=deepcopy(classifier)
+        classifier=deepcopy(classifier), purifier=deepcopy(purifier), second_pass=second_pass
     ).requires_grad_(True)
     network.classifier.requires_grad_(first_pass)
     network.purifier.requires_grad_(False)
