@@ -42,9 +42,14 @@ class Server:
     port: int
     pid: int
 
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """Its process, and all that come of it."""
+        return (self.pid, *_descendants(self.pid))
+
     def processors(self) -> Processors:
         main = others = 0.0
-        for pid in (self.pid, *_descendants(self.pid)):
+        for pid in self.pids:
             for stat in Path(f"/proc/{pid}/task").glob("*/stat"):
                 user, system = stat.read_text().rpartition(") ")[2].split()[11:13]
                 seconds = (int(user) + int(system)) / _TICK
@@ -74,17 +79,16 @@ def running(module: str, *arguments: str, ready: str, environment: Mapping[str, 
         process = subprocess.Popen(
             command, env={**os.environ, **given}, stdout=output, stderr=output, start_new_session=True
         )
-        watcher = _watch(process.pid)
-        try:
-            _wait(f"http://127.0.0.1:{port}{ready}", process, command)
-            yield Server(port, process.pid)
-        except ServerError as e:
-            output.seek(0)
-            raise ServerError(f"{e}:\n{output.read().decode(errors='replace')}") from None
-        finally:
-            _stop(process)
-            watcher.kill()
-            watcher.wait()
+        with _watch(process.pid) as watcher:
+            try:
+                _wait(f"http://127.0.0.1:{port}{ready}", process, command)
+                yield Server(port, process.pid)
+            except ServerError as e:
+                output.seek(0)
+                raise ServerError(f"{e}:\n{output.read().decode(errors='replace')}") from None
+            finally:
+                _stop(process)
+                watcher.kill()
 
 
 def carso(bundle: Path, **settings: str) -> AbstractContextManager[Server]:

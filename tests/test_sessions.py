@@ -69,12 +69,6 @@ def test_auto_takes_the_cpu_where_there_is_no_gpu(bundle):
     assert Sessions(bundle, device="auto").provider == CPU
 
 
-def test_auto_takes_the_gpu_where_there_is_one(bundle):
-    if not cuda_works():
-        pytest.skip("no usable GPU")
-    assert Sessions(bundle, device="auto").provider == CUDA
-
-
 def test_cuda_refuses_where_there_is_no_gpu_and_says_what_to_set(bundle):
     if cuda_works():
         pytest.skip("there is a GPU")
