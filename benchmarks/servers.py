@@ -66,18 +66,26 @@ class Server:
 
 
 @contextmanager
-def running(module: str, *arguments: str, ready: str, environment: Mapping[str, str] | None = None) -> Iterator[Server]:
+def running(
+    module: str,
+    *arguments: str,
+    ready: str,
+    environment: Mapping[str, str] | None = None,
+    port: int | None = None,
+    written: Path | None = None,
+) -> Iterator[Server]:
     """Run `python -m module` in a process group of its own, from the first 200 of `ready` to the end of the block.
 
-    "{port}" in arguments and environment becomes a free port. The group ends with this process too, however that ends.
-    Raises ServerError.
+    "{port}" in arguments and environment becomes `port`, which is a free one if none is given. What the process writes
+    is appended to the file `written`. The group ends with this process too, however that ends. Raises ServerError.
     """
-    port = _free_port()
+    port = free_port() if port is None else port
     command = [sys.executable, "-m", module, *(argument.format(port=port) for argument in arguments)]
+    inherited = {name: value for name, value in os.environ.items() if name != "CARSO_DATA"}  # which is for benchmarks
     given = {name: value.format(port=port) for name, value in (environment or {}).items()}
-    with tempfile.TemporaryFile() as output:
+    with written.open("ab+") if written else tempfile.TemporaryFile() as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **given}, stdout=output, stderr=output, start_new_session=True
+            command, env={**inherited, **given}, stdout=output, stderr=output, start_new_session=True
         )
         with _watch(process.pid) as watcher:
             try:
@@ -91,10 +99,12 @@ def running(module: str, *arguments: str, ready: str, environment: Mapping[str, 
                 watcher.kill()
 
 
-def carso(bundle: Path, **settings: str) -> AbstractContextManager[Server]:
+def carso(
+    bundle: Path, *, port: int | None = None, written: Path | None = None, **settings: str
+) -> AbstractContextManager[Server]:
     """Run the service itself, with its own defaults but for what the environment and `settings` say."""
     environment = {"CARSO_BUNDLE": str(bundle), "CARSO_PORT": "{port}", **settings}
-    return running("carso.command", "serve", ready="/readyz", environment=environment)
+    return running("carso.command", "serve", ready="/readyz", environment=environment, port=port, written=written)
 
 
 def _wait(url: str, process: subprocess.Popen[bytes], command: Sequence[str]) -> None:
@@ -137,7 +147,8 @@ def _descendants(pid: int) -> list[int]:
     return found
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port that nobody listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

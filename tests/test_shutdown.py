@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 
 import httpx
 import pytest
@@ -148,6 +149,27 @@ def test_a_request_whose_head_is_on_its_way_when_the_port_closes_is_answered(tmp
             told = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
             assert told.startswith(b"HTTP/1.1 200")
             assert b"connection: close" in told
+        assert server.leaves() == 0
+
+
+def test_what_was_sent_before_the_signal_is_answered_even_if_the_server_had_not_looked_yet(tmp_path):
+    """On connections that it had not taken yet, and on one that it had and that was idle."""
+    whole = request("/classify/fast", PNG, content_type="image/png")
+    with serving(shared_bundle(SMALL), tmp_path / "log") as server, ExitStack() as connections:
+        used = connections.enter_context(server.connect())
+        used.sendall(whole)
+        with used.makefile("rb") as reader:
+            head = b"".join(iter(reader.readline, b"\r\n"))
+            reader.read(int(re.search(rb"content-length: (\d+)", head)[1]))
+        server.process.send_signal(signal.SIGSTOP)
+        new = [connections.enter_context(server.connect()) for _ in range(20)]
+        for connection in (used, *new):
+            connection.sendall(whole)
+        server.process.send_signal(signal.SIGTERM)
+        server.process.send_signal(signal.SIGCONT)
+        for connection in (used, *new):
+            told = b"".join(iter(lambda connection=connection: connection.recv(65536), b""))
+            assert told.startswith(b"HTTP/1.1 200")
         assert server.leaves() == 0
 
 

@@ -10,6 +10,7 @@ import asyncio
 import errno
 import logging
 import math
+import selectors
 import signal
 import socket
 import sys
@@ -28,6 +29,7 @@ from carso.telemetry.probes import Lifecycle
 
 log = logging.getLogger(__name__)
 
+TAKEN_FOR = 5.0  # seconds, at most, in which connections that came before the end are still taken
 TOLD_EVERY = 10.0  # seconds between two lines of the log about the same shortage
 
 
@@ -143,6 +145,23 @@ class Server(uvicorn.Server):
         self.should_exit = self.should_exit or time.monotonic() >= self._closing_at
         return await super().on_tick(counter)
 
+    async def _take_what_came(self, sockets: Sequence[socket.socket]) -> None:
+        """Take the connections that wait in the kernel, and read what was sent over those that look idle.
+
+        A client whose connection was made takes its request for accepted. But when the port closes, the kernel resets
+        every connection that was not taken; and closing one that holds unread bytes resets it too. The event loop takes
+        and reads in its own turns, of which a busy processor leaves it few: so it gets some more.
+        """
+        end = time.monotonic() + min(TAKEN_FOR, self._timeout)
+        with selectors.DefaultSelector() as selector:
+            for each in sockets:
+                selector.register(each, selectors.EVENT_READ)
+            while True:
+                for _ in range(2):  # turns, one to wake up in and a whole one
+                    await asyncio.sleep(0)
+                if not sockets or not selector.select(0) or time.monotonic() >= end:
+                    return
+
     def _look_for_descriptors(self) -> None:
         try:
             socket.socket().close()
@@ -158,6 +177,7 @@ class Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Close the port, wait for requests in flight, and end those that take too long."""
         self._lifecycle.stopping.set()
+        await self._take_what_came(sockets or [])
         timer = asyncio.get_running_loop().call_later(self._timeout, self._service.abandon)
         ending = [] if self._grpc is None else [self._grpc.stop(self._timeout + 1)]  # all that can has ended by then
         await asyncio.gather(super().shutdown(sockets), *ending)
