@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -73,8 +74,10 @@ class Rig:
         return CUDA if self.device == "cuda" else CPU
 
     @property
-    def precisions(self) -> tuple[Precision, ...]:
-        return PRECISIONS[self.provider]
+    def ways(self) -> tuple[Way, ...]:
+        """All ways in which this device casts votes."""
+        graphs = (False, True) if self.device == "cuda" else (False,)
+        return tuple(Way(precision, each) for precision in PRECISIONS[self.provider] for each in graphs)
 
     @property
     def round_rows(self) -> int:
@@ -85,28 +88,63 @@ class Rig:
         """Read the bundle."""
         return Bundle.load(self.folder)
 
-    def sessions(self, bundle: Bundle, precision: Precision) -> Sessions:
-        """Build sessions on the device. Raises DeviceError."""
-        return Sessions(bundle, device=self.device, precision=precision)  # type: ignore[arg-type]
+
+@dataclass(frozen=True)
+class Way:
+    """How votes are cast on the device."""
+
+    precision: Precision
+    cuda_graphs: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.precision} graphs" if self.cuda_graphs else self.precision
+
+    def sessions(self, bundle: Bundle, device: str) -> Sessions:
+        """Build sessions. Raises DeviceError, and StepError if CUDA graphs were asked for and do not work."""
+        with _warnings() as told:
+            sessions = Sessions(
+                bundle,
+                device=device,  # type: ignore[arg-type]
+                precision=self.precision,
+                cuda_graphs=self.cuda_graphs,
+            )
+        if self.cuda_graphs and not sessions.cuda_graphs:
+            raise StepError("\n".join(told))
+        return sessions
 
 
-def start(rig: Rig, *, precision: Precision) -> Figures:
-    """Build the sessions, which tests them on the known answers; say how far they are from these."""
+def start(rig: Rig, *, way: Way) -> Figures:
+    """Build the sessions, which tests them on the known answers. Say how far they are from these, how many votes differ
+    from those of the CPU in float32, and how many do in batches of other sizes.
+    """
     bundle = rig.load()
     test = bundle.self_test
     began = time.perf_counter()
-    sessions = rig.sessions(bundle, precision)
+    device = way.sessions(bundle, rig.device)
     took = time.perf_counter() - began
-    first = sessions.first_pass(test.images)
-    votes = sessions.vote(test.codes, test.code_index, test.latents)
-    return {
-        precision: {
+    first = device.first_pass(test.images)
+    known = device.vote(test.codes, test.code_index, test.latents)
+    found: Figures = {
+        "self-test": {
             "seconds": took,
             "scores off by": float(np.abs(first.probabilities - test.probabilities).max()),
             "codes off by": float(np.abs(first.codes - test.codes).max()),
-            "votes that differ, %": 100 * float((votes != test.votes).mean()),
+            **_differing(known, test.votes),
         }
     }
+    rows = max(rig.rows)
+    codes, code_index, latents = _arrays(bundle, rows)
+    cast = device.vote(codes, code_index, latents)
+    cpu = Sessions(bundle, device="cpu", precision="float32")
+    found["the CPU"] = _differing(cast, cpu.vote(codes, code_index, latents))
+    for size in (size for size in PARTS if size < rows):
+        parts = [
+            device.vote(codes, code_index[start : start + size], latents[start : start + size])
+            for start in range(0, rows - size + 1, size)
+        ]
+        found[f"batches of {size}"] = _differing(cast, np.concatenate(parts))
+    return found
 
 
 def tests(rig: Rig) -> Figures:
@@ -130,12 +168,12 @@ def votes(rig: Rig) -> Figures:
     """Time one round of votes, by the service's sessions and by PyTorch on the same device."""
     bundle = rig.load()
     found: Figures = {f"{rows} votes": {} for rows in rig.rows}
-    for precision in rig.precisions:
-        sessions = rig.sessions(bundle, precision)
+    for way in rig.ways:
+        sessions = way.sessions(bundle, rig.device)
         for rows in rig.rows:
             arrays = _arrays(bundle, rows)
             took = _median_us(lambda arrays=arrays, sessions=sessions: sessions.vote(*arrays), rig.seconds)
-            found[f"{rows} votes"] |= {f"{precision}, us": took, f"{precision}, votes/s": 1e6 * rows / took}
+            found[f"{rows} votes"] |= {f"{way.name}, us": took, f"{way.name}, votes/s": 1e6 * rows / took}
         del sessions
     return found
 
@@ -165,11 +203,11 @@ def torch_votes(rig: Rig) -> Figures:
     return found
 
 
-def pipeline(rig: Rig, *, precision: Precision) -> Figures:
+def pipeline(rig: Rig, *, way: Way) -> Figures:
     """Run the service's own pipeline in this process: images in flight together, as the engine has them."""
     bundle = rig.load()
     manifest = bundle.manifest
-    sessions = rig.sessions(bundle, precision)
+    sessions = way.sessions(bundle, rig.device)
     steps = Pipeline(
         sessions,
         latent=manifest.latent,
@@ -189,34 +227,13 @@ def pipeline(rig: Rig, *, precision: Precision) -> Figures:
                 counted += len(result.outcomes)
                 cast += sum(outcome.votes for outcome in result.outcomes)
         elapsed = time.perf_counter() - began
-        found[f"{precision}, risk {risk:g}"] = {
+        found[f"risk {risk:g}"] = {
             "images/s": counted / elapsed,
             "votes/s": cast / elapsed,
             "votes per image": cast / counted,
             "us per image": 1e6 * elapsed / counted,
             "us of processors per image": 1e6 * (time.process_time() - busy) / counted,
         }
-    return found
-
-
-def agreement(rig: Rig, *, precision: Precision) -> Figures:
-    """Compare votes and first passes with those of the CPU in float32, and batches with each other."""
-    bundle = rig.load()
-    rows = max(rig.rows)
-    codes, code_index, latents = _arrays(bundle, rows)
-    cpu, device = Sessions(bundle, device="cpu", precision="float32"), rig.sessions(bundle, precision)
-    cast = device.vote(codes, code_index, latents)
-
-    def differ(other: np.ndarray) -> dict[str, float | str]:
-        return {"votes": float(len(other)), "that differ": float((cast[: len(other)] != other).sum())}
-
-    found: Figures = {f"{precision}, CPU": differ(cpu.vote(codes, code_index, latents))}
-    for size in (size for size in PARTS if size < rows):
-        parts = [
-            device.vote(codes, code_index[start : start + size], latents[start : start + size])
-            for start in range(0, rows - size + 1, size)
-        ]
-        found[f"{precision}, batches of {size}"] = differ(np.concatenate(parts))
     return found
 
 
@@ -272,21 +289,38 @@ def growing(rig: Rig, server: Server) -> Figures:
 
 def steps(rig: Rig) -> dict[str, Callable[[Rig], Figures]]:
     """Return all steps by name, in the order in which they are of use should time run out."""
-    precisions = rig.precisions
 
     def for_each(name: str, step: Callable[..., Figures]) -> dict[str, Callable[[Rig], Figures]]:
-        return {f"{name} {precision}": partial(step, precision=precision) for precision in precisions}
+        return {f"{name} {way.name}": partial(step, way=way) for way in rig.ways}
 
     return {
         **for_each("start", start),
         "tests": tests,
-        **for_each("agreement", agreement),
         "votes": votes,
         "votes by PyTorch": torch_votes,
         **for_each("pipeline", pipeline),
         "http": http,
         "leak": leak,
     }
+
+
+def _differing(cast: np.ndarray, other: np.ndarray) -> dict[str, float | str]:
+    """Compare votes with others, of which there may be fewer."""
+    return {"votes": float(len(other)), "that differ": float((cast[: len(other)] != other).sum())}
+
+
+@contextmanager
+def _warnings() -> Iterator[list[str]]:
+    """What the service warns of meanwhile."""
+    told: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("carso")
+    log.addHandler(handler)
+    try:
+        yield told
+    finally:
+        log.removeHandler(handler)
 
 
 def _arrays(bundle: Bundle, rows: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

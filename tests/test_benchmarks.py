@@ -63,7 +63,7 @@ def wait_for_the_end(process: int) -> None:
     assert ended
 
 
-NAMES = ("start float32", "start int8", "agreement int8", "votes", "votes by PyTorch", "pipeline int8")
+NAMES = ("start float32", "start int8", "votes", "votes by PyTorch", "pipeline int8")
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def benchmarked(server: Server) -> benchmarks.servers.Server:
 def test_a_step_that_fails_is_told_with_the_reason_of_its_own_process(rig, tmp_path):
     nowhere = replace(rig, folder=tmp_path / "none")
     with pytest.raises(StepError, match=r"BundleError: (.|\n)*none(.|\n)*exit status 1"):
-        gpu.in_a_process("agreement float32", nowhere, limit=120)
+        gpu.in_a_process("start float32", nowhere, limit=120)
 
 
 def test_a_step_that_hangs_is_ended_when_the_time_is_over(rig):

@@ -7,7 +7,9 @@ CARSO_TEST_BUNDLE is the bundle that they use; by default, the shipped one.
 from __future__ import annotations
 
 import os
+from itertools import product
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pytest
@@ -29,10 +31,11 @@ def bundle() -> Bundle:
     return Bundle.load(Path(os.environ.get("CARSO_TEST_BUNDLE", REFERENCE_BUNDLE)))
 
 
-@pytest.fixture(scope="module", params=PRECISIONS[CUDA])
+@pytest.fixture(scope="module", params=product(PRECISIONS[CUDA], (False, True)), ids=str)
 def sessions(bundle, request) -> Sessions:
+    precision, cuda_graphs = request.param
     try:
-        return Sessions(bundle, device="cuda", precision=request.param)
+        return Sessions(bundle, device="cuda", precision=precision, cuda_graphs=cuda_graphs)
     except DeviceError as e:
         pytest.skip(str(e))
 
@@ -103,3 +106,22 @@ def test_the_vote_on_a_gpu_elects_the_labels_that_the_cpu_elects(bundle, session
         for each in (cpu, sessions)
     ]
     assert labels[0] == labels[1]
+
+
+def test_cuda_graphs_work_in_the_thread_that_built_the_sessions_and_in_another(bundle, cpu):
+    """The engine's thread is another; CUDA's provider keeps the graphs of each thread by themselves."""
+    try:
+        Sessions(bundle, device="cuda")
+    except DeviceError as e:
+        pytest.skip(str(e))
+    sessions = Sessions(bundle, device="cuda", cuda_graphs=True)
+    assert sessions.cuda_graphs
+    arrays = rows_of(bundle, 100)
+    expected = cpu.vote(*arrays)
+    found = [sessions.vote(*arrays)]
+    thread = Thread(target=lambda: found.extend(sessions.vote(*arrays) for _ in range(3)))
+    thread.start()
+    thread.join()
+    assert len(found) == 4
+    for votes in found:
+        assert (votes != expected).sum() <= DIFFERING * len(expected)

@@ -7,6 +7,7 @@ import ctypes
 import os
 from dataclasses import replace
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import onnxruntime as ort
@@ -236,3 +237,118 @@ def test_cuda_is_told_which_products_may_be_rounded_and_those_of_first_passes_ne
     with contextlib.suppress(DeviceError):  # there is no memory of a GPU here
         Sessions(bundle, device="cuda", precision=precision)
     assert told == use_tf32
+
+
+class CudaOnTheCpu(ort.InferenceSession):
+    """A session that calls itself CUDA's, and notes what it is asked for."""
+
+    built: ClassVar[list[dict[str, str]]] = []  # CUDA's options
+    runs: ClassVar[list[tuple[str | None, tuple[int, ...]]]] = []  # the graph, and where the outputs are
+    broken: ClassVar[str] = ""  # what does not work: "capture" or "start"
+
+    def __init__(self, graph, options, providers):
+        ((_, cuda_options),) = providers
+        self.built.append(cuda_options)
+        if self.broken == "start" and cuda_options["enable_cuda_graph"] == "1":
+            raise RuntimeError("not all nodes are on CUDA")
+        super().__init__(graph, options, providers=[CPU])
+
+    def get_providers(self):
+        return [CUDA]
+
+    def run(self, outputs, feeds, options=None):
+        self.runs.append((graph_of(options), ()))
+        return super().run(outputs, feeds, options)
+
+    def run_with_iobinding(self, binding, options=None):
+        super().run_with_iobinding(binding, options)
+        graph = graph_of(options)
+        self.runs.append((graph, tuple(value.data_ptr() for value in binding.get_outputs())))
+        if self.broken == "capture" and graph not in (None, "-1"):
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+
+def graph_of(options: ort.RunOptions | None) -> str | None:
+    return None if options is None else options.get_run_config_entry("gpu_graph_id")
+
+
+@pytest.fixture
+def cuda_on_the_cpu(monkeypatch, driver_but_no_cuda_libraries) -> type[CudaOnTheCpu]:
+    on_the_cpu, bind_output = ort.OrtValue.ortvalue_from_numpy, ort.IOBinding.bind_output
+    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", lambda array, device: on_the_cpu(array.copy()))
+    monkeypatch.setattr(ort.IOBinding, "bind_output", lambda binding, name, device: bind_output(binding, name))
+    monkeypatch.setattr(ort, "InferenceSession", CudaOnTheCpu)
+    for name, value in (("built", []), ("runs", []), ("broken", "")):
+        monkeypatch.setattr(CudaOnTheCpu, name, value)
+    return CudaOnTheCpu
+
+
+def test_without_cuda_graphs_cuda_is_told_of_none(bundle, cuda_on_the_cpu):
+    sessions = Sessions(bundle, device="cuda", buckets=(4, 32))
+    assert not sessions.cuda_graphs
+    assert [options["enable_cuda_graph"] for options in cuda_on_the_cpu.built] == ["0", "0"]
+    assert {graph for graph, _ in cuda_on_the_cpu.runs} == {None}
+
+
+def test_every_combination_of_fixed_sizes_has_a_cuda_graph_and_buffers_of_its_own(bundle, sessions, cuda_on_the_cpu):
+    replaying = Sessions(bundle, device="cuda", buckets=(4, 32), cuda_graphs=True)
+    assert replaying.cuda_graphs
+    assert [options["enable_cuda_graph"] for options in cuda_on_the_cpu.built] == ["1", "1"]
+    images, latents = (
+        random_images(32),
+        np.random.default_rng(1).standard_normal((32, SMALL.purifier.latent), np.float32),
+    )
+    codes = sessions.first_pass(images).codes
+    seen: dict[str | None, set[tuple[int, ...]]] = {}
+    for rows, of in ((3, 1), (4, 2), (20, 1), (32, 3), (32, 30), (3, 1), (20, 1), (32, 30)):
+        cuda_on_the_cpu.runs.clear()
+        arguments = codes[:of], np.arange(rows) % of, latents[:rows]
+        np.testing.assert_array_equal(replaying.vote(*arguments), sessions.vote(*arguments))
+        ((graph, buffers),) = cuda_on_the_cpu.runs  # they were captured at the start
+        seen.setdefault(graph, set()).add(buffers)
+    assert len(seen) == 3  # 4 rows of 4 codes, 32 of 4, 32 of 32
+    assert not seen.keys() & {None, "-1", "0"}
+    assert all(len(buffers) == 1 for buffers in seen.values())
+    assert len(set().union(*seen.values())) == 3
+
+
+def test_a_run_before_each_capture_makes_its_buffers_and_is_told_to_capture_nothing(bundle, cuda_on_the_cpu):
+    Sessions(bundle, device="cuda", buckets=(4,), cuda_graphs=True)
+    graphs = [graph for graph, _ in cuda_on_the_cpu.runs]
+    # the first pass; votes and purified images, whose ids are those of another session
+    assert graphs[:6] == ["-1", "1", "-1", "1", "-1", "2"]
+
+
+def test_a_batch_of_no_fixed_size_is_told_to_capture_nothing(bundle, sessions, cuda_on_the_cpu):
+    replaying = Sessions(bundle, device="cuda", buckets=(4,), cuda_graphs=True)
+    cuda_on_the_cpu.runs.clear()
+    found = replaying.first_pass(random_images(5))
+    np.testing.assert_allclose(found.codes, sessions.first_pass(random_images(5)).codes, atol=1e-6)
+    assert [graph for graph, _ in cuda_on_the_cpu.runs] == ["-1"]
+
+
+def test_answers_from_cuda_graphs_are_no_views_of_their_buffers(bundle, cuda_on_the_cpu):
+    replaying = Sessions(bundle, device="cuda", buckets=(4,), cuda_graphs=True)
+    found = replaying.first_pass(random_images(4)).codes
+    kept = found.copy()
+    replaying.first_pass(random_images(4, seed=1))
+    np.testing.assert_array_equal(found, kept)
+
+
+@pytest.mark.parametrize("broken", ["start", "capture"])
+def test_where_cuda_graphs_do_not_work_the_sessions_do_without_and_say_why(bundle, cuda_on_the_cpu, caplog, broken):
+    cuda_on_the_cpu.broken = broken
+    sessions = Sessions(bundle, device="auto", buckets=(4,), cuda_graphs=True)
+    assert sessions.provider == CUDA
+    assert not sessions.cuda_graphs
+    assert cuda_on_the_cpu.built[-1]["enable_cuda_graph"] == "0"
+    (told,) = (record.getMessage() for record in caplog.records if record.levelname == "WARNING")
+    assert told.startswith("no CUDA graphs are used: ")
+    assert "not all nodes are on CUDA" in told or "not permitted when stream is capturing" in told
+
+
+def test_cuda_graphs_that_are_asked_for_on_the_cpu_are_left_out_and_the_log_says_so(bundle, caplog):
+    sessions = Sessions(bundle, device="cpu", cuda_graphs=True)
+    assert sessions.provider == CPU
+    assert not sessions.cuda_graphs
+    assert "no CUDA graphs are used: the CPU was asked for" in caplog.messages

@@ -314,6 +314,7 @@ def _sessions(bundle: Bundle, settings: Settings) -> Sessions:
             precision=settings.precision,
             threads=settings.threads,
             spin=settings.spin,
+            cuda_graphs=settings.cuda_graphs,
         ).result()
 
 

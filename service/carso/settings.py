@@ -173,6 +173,11 @@ class Settings(BaseModel):
         description="Most votes that one round casts over all requests in flight. A single ballot may be larger. "
         "Thousands are best on a GPU.",
     )
+    cuda_graphs: bool = _inference(
+        default=False,
+        description="On a GPU, capture a CUDA graph of each size of a round, and replay it. Where that does not work, "
+        "the service does without, and the log says why. No figure shows yet what this saves (docs/gpu.md).",
+    )
     risk: Risk = _inference(
         default=1e-3,
         description="Default chance, per image, that early stopping elects another class than the full count would. "

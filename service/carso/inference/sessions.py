@@ -7,6 +7,7 @@ import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -41,6 +42,11 @@ MARGIN_TOLERANCE = 1e-3
 # each of which is run once at the start. On the CPU padding would only cost, and so would binding.
 CUDA_BUCKETS = (32, 128, 512, 2048, 8192)
 
+# The run option that says which CUDA graph a run captures or replays; one without a graph says so
+# (https://onnxruntime.ai/docs/execution-providers/CUDA-ExecutionProvider.html#using-cuda-graphs-preview)
+GRAPH_ID = "gpu_graph_id"
+NO_GRAPH = "-1"
+
 
 # By default, a run computes every node of the graph, also those that no output which was asked for needs
 ONLY_WHAT_IS_ASKED_FOR = ort.RunOptions()
@@ -65,6 +71,7 @@ class Sessions:
     provider: str  # the execution provider really in use, as the built session tells
     precision: Choice  # of the votes
     unproven: str | None  # why `margins` cannot be asked, and what would change that; None: it can
+    cuda_graphs: bool  # whether runs of fixed sizes are replayed from CUDA graphs
 
     def __init__(
         self,
@@ -75,17 +82,42 @@ class Sessions:
         threads: int | None = None,
         spin: bool = False,
         buckets: Sequence[int] | None = None,
+        cuda_graphs: bool = False,
     ) -> None:
         """Build and self-test both sessions.
 
         `precision` is that of the votes, `auto` as ``carso.inference.precision`` chooses; first passes are always
-        float32. `threads` is how many threads ONNX Runtime
-        uses on the CPU; None: one for each processor that this process may use. With `spin`, idle threads keep their
-        processors busy for a shorter wake-up. `buckets` are the batch sizes to pad to, ascending; larger batches run as
-        they are; None: CUDA_BUCKETS on CUDA, none on the CPU. Raises DeviceError.
+        float32. `threads` is how many threads ONNX Runtime uses on the CPU; None: one for each processor that this
+        process may use. With `spin`, idle threads keep their processors busy for a shorter wake-up. `buckets` are the
+        batch sizes to pad to, ascending; larger batches run as they are; None: CUDA_BUCKETS on CUDA, none on the CPU.
+        With `cuda_graphs`, CUDA captures a graph of each combination of buckets and replays it. Where that does not
+        work, the sessions do without, and the log says why. Raises DeviceError.
         """
+        start = partial(self._start, bundle, precision=precision, threads=threads, spin=spin, buckets=buckets)
+        if cuda_graphs and device == "cpu":
+            log.warning("no CUDA graphs are used: the CPU was asked for")
+        elif cuda_graphs:
+            try:
+                start(device="cuda", cuda_graphs=True)
+                return
+            except DeviceError as e:
+                log.warning("no CUDA graphs are used: %s", e)
+        start(device=device, cuda_graphs=False)
+
+    def _start(
+        self,
+        bundle: Bundle,
+        *,
+        device: Device,
+        precision: PrecisionAsked,
+        threads: int | None,
+        spin: bool,
+        buckets: Sequence[int] | None,
+        cuda_graphs: bool,
+    ) -> None:
         # a first pass is too small to share out: waking a second thread takes longer
-        first_pass = _build(FIRST_PASS, bundle.first_pass, device, _options(threads=1, spin=spin))
+        alone = _options(threads=1, spin=spin)
+        first_pass = _build(FIRST_PASS, bundle.first_pass, device, alone, cuda_graphs=cuda_graphs)
         self.provider = _provider(first_pass)
         options = _options(threads=threads or usable_cpus(), spin=spin)
         self.precision = chosen(precision, bundle.recounts, provider=self.provider)
@@ -95,9 +127,13 @@ class Sessions:
         else:
             # what the first session got, the second must get too
             own_device: Device = "cuda" if self.provider == CUDA else "cpu"
-            vote = _build(VOTE, bundle.vote, own_device, options, tf32=self.precision.precision == "tf32")
+            tf32 = self.precision.precision == "tf32"
+            vote = _build(VOTE, bundle.vote, own_device, options, tf32=tf32, cuda_graphs=cuda_graphs)
+        self.cuda_graphs = cuda_graphs
         self._buckets = tuple((CUDA_BUCKETS if self.provider == CUDA else ()) if buckets is None else buckets)
-        self._first_pass, self._vote = (_Batches(session, self._buckets) for session in (first_pass, vote))
+        self._first_pass, self._vote = (
+            _Batches(session, self._buckets, cuda_graphs=cuda_graphs) for session in (first_pass, vote)
+        )
         self.unproven = unproven(bundle, provider=self.provider)
         self._bounds = (
             None
@@ -221,47 +257,72 @@ class Sessions:
             )
 
 
+@dataclass(frozen=True)
+class _Bound:
+    """A run on batches of fixed sizes: its buffers, and what it is told."""
+
+    binding: ort.IOBinding
+    inputs: dict[str, ort.OrtValue]
+    options: ort.RunOptions | None
+
+
 class _Batches:
     """Runs one session on batches that are padded to fixed sizes, where there are any.
 
     Of each combination of sizes it keeps the inputs in buffers on the device, which stay where they are (IOBinding), so
-    that a run allocates nothing there, and copies no output but those asked for.
+    that a run allocates nothing there, and copies no output but those asked for. With CUDA graphs, the outputs stay
+    where they are too, because a graph is replayed on the addresses that it was captured with.
     """
 
-    def __init__(self, session: ort.InferenceSession, sizes: Sequence[int]) -> None:
+    def __init__(self, session: ort.InferenceSession, sizes: Sequence[int], *, cuda_graphs: bool) -> None:
         """`sizes`: ascending; a larger batch runs as it is."""
         self._session = session
         self._sizes = sizes
+        self._cuda_graphs = cuda_graphs
         self._device = "cuda" if _provider(session) == CUDA else "cpu"
-        self._bound: dict[tuple[object, ...], tuple[ort.IOBinding, dict[str, ort.OrtValue]]] = {}
+        self._bound: dict[tuple[object, ...], _Bound] = {}
 
     def run(self, outputs: tuple[str, ...], feeds: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """The outputs, of as many rows as the padded inputs have."""
         padded = {name: self._padded(array) for name, array in feeds.items()}
         found: list[np.ndarray]
         if not all(len(array) in self._sizes for array in padded.values()):
-            found = self._session.run(list(outputs), padded, ONLY_WHAT_IS_ASKED_FOR)
+            found = self._session.run(list(outputs), padded, self._options(NO_GRAPH))
             return found
         key = (outputs, *(len(array) for array in padded.values()))
         if key not in self._bound:
             self._bound[key] = self._bind(outputs, padded)
-        binding, inputs = self._bound[key]
+        bound = self._bound[key]
         for name, array in padded.items():
-            inputs[name].update_inplace(np.ascontiguousarray(array))
-        self._session.run_with_iobinding(binding)
-        found = binding.copy_outputs_to_cpu()
+            bound.inputs[name].update_inplace(np.ascontiguousarray(array))
+        self._session.run_with_iobinding(bound.binding, bound.options)
+        found = bound.binding.copy_outputs_to_cpu()
         return found
 
-    def _bind(
-        self, outputs: Iterable[str], feeds: Mapping[str, np.ndarray]
-    ) -> tuple[ort.IOBinding, dict[str, ort.OrtValue]]:
+    def _bind(self, outputs: Iterable[str], feeds: Mapping[str, np.ndarray]) -> _Bound:
         binding = self._session.io_binding()
         inputs = {name: ort.OrtValue.ortvalue_from_numpy(array, self._device) for name, array in feeds.items()}
         for name, value in inputs.items():
             binding.bind_ortvalue_input(name, value)
         for name in outputs:
-            binding.bind_output(name)  # on the CPU
-        return binding, inputs
+            binding.bind_output(name, self._device if self._cuda_graphs else "cpu")
+        if self._cuda_graphs:
+            # A run before the capture, in which nothing may be allocated. It also makes the outputs' buffers.
+            self._session.run_with_iobinding(binding, self._options(NO_GRAPH))
+            made = binding.get_outputs()
+            binding.clear_binding_outputs()
+            for name, value in zip(outputs, made, strict=True):
+                binding.bind_ortvalue_output(name, value)
+        # an id is for one combination of shapes and buffers; 0 is ONNX Runtime's own
+        return _Bound(binding, inputs, self._options(str(len(self._bound) + 1)))
+
+    def _options(self, graph: str) -> ort.RunOptions | None:
+        """What a run is told: its CUDA graph, if there are any."""
+        if not self._cuda_graphs:
+            return None
+        options = ort.RunOptions()
+        options.add_run_config_entry(GRAPH_ID, graph)
+        return options
 
     def _padded(self, array: np.ndarray) -> np.ndarray:
         """`array` with rows of zeros up to the next size; row 0 is a code that is always there."""
@@ -303,12 +364,18 @@ def _options(*, threads: int, spin: bool) -> ort.SessionOptions:
 
 
 def _build(
-    name: str, graph: bytes, device: Device, options: ort.SessionOptions, *, tf32: bool = False
+    name: str,
+    graph: bytes,
+    device: Device,
+    options: ort.SessionOptions,
+    *,
+    tf32: bool = False,
+    cuda_graphs: bool = False,
 ) -> ort.InferenceSession:
     """A session of the graph `name` on `device`; ``auto``: on CUDA, else on the CPU."""
     if device != "cpu":
         try:
-            return _build_on_cuda(graph, options, tf32=tf32)
+            return _build_on_cuda(graph, options, tf32=tf32, cuda_graphs=cuda_graphs)
         except DeviceError as e:
             if device == "cuda":
                 raise
@@ -319,7 +386,7 @@ def _build(
         raise DeviceError(f"{name} is not a graph that ONNX Runtime {ort.__version__} can run: {e}") from e
 
 
-def _build_on_cuda(graph: bytes, options: ort.SessionOptions, *, tf32: bool) -> ort.InferenceSession:
+def _build_on_cuda(graph: bytes, options: ort.SessionOptions, *, tf32: bool, cuda_graphs: bool) -> ort.InferenceSession:
     """A session that runs on CUDA and nothing else.
 
     `get_available_providers` lists what the wheel was compiled for, not what is there, and a session that asks for
@@ -342,6 +409,7 @@ def _build_on_cuda(graph: bytes, options: ort.SessionOptions, *, tf32: bool) -> 
         "cudnn_conv_algo_search": "HEURISTIC",
         "arena_extend_strategy": "kSameAsRequested",
         "use_tf32": "1" if tf32 else "0",  # the provider's own default is 1, whatever was asked for
+        "enable_cuda_graph": "1" if cuda_graphs else "0",
     }
     try:
         session = ort.InferenceSession(graph, options, providers=[(CUDA, cuda_options)])
