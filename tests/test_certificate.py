@@ -10,17 +10,16 @@ import onnx
 import onnxruntime as ort
 import pytest
 import torch
-from carso.bundle import BOUNDS, Bundle
+from carso.bundle import BOUNDS, EARLIER_BOUNDS, Bundle
 from carso.choices import CPU, CUDA
-from carso.inference.certificate import BISECTIONS, STEPS, certificates, rounded_up, unproven
-from carso.inference.jobs import Certify
+from carso.inference.certificate import BISECTIONS, STEPS, certificate, largest, rounded_up, unproven
 from carso.inference.sessions import DeviceError, Sessions
 from carso_training.attacks.linf import climb
 from carso_training.datasets.examples import Examples
 from carso_training.export import weights
 from carso_training.export.files import export
 from carso_training.export.graphs import BoundsGraph
-from carso_training.networks.bounds import UnboundedLayerError
+from carso_training.networks.bounds import UnboundedLayerError, box_of, margins
 from carso_training.networks.fcn import FcnClassifier
 from carso_training.robustness.certified import certified
 from carso_training.robustness.report import as_markdown
@@ -43,12 +42,14 @@ def test_the_graph_gives_the_margins_that_the_networks_bounds_give(config):
     bundle = Bundle.load(shared_bundle(config))
     sessions = Sessions(bundle, device="cpu", threads=1)
     images = random_images(20, config, seed=7)
-    labels = sessions.first_pass(images).probabilities.argmax(axis=1)
     eps = np.linspace(0, 0.3, 20, dtype=np.float32)
+    found, plain = sessions.first_pass_with_bounds(images, eps), sessions.first_pass(images)
     with torch.no_grad():
-        graph = BoundsGraph(weights.classifier_of(bundle)).eval()
-        expected = graph(*map(torch.from_numpy, (images, labels, eps))).numpy()
-    np.testing.assert_allclose(sessions.margins(images, labels, eps), expected, rtol=1e-4, atol=1e-4)
+        graph = BoundsGraph(weights.classifier_of(bundle), weights.purifier_of(bundle)).eval()
+        _, _, margins = graph(torch.from_numpy(images), torch.from_numpy(eps))
+    np.testing.assert_allclose(found.margins, margins, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(found.probabilities, plain.probabilities, atol=1e-6)  # it is the first pass as well
+    np.testing.assert_allclose(found.codes, plain.codes, atol=1e-6)
 
 
 def proven_images(config, *, count: int) -> tuple[Sessions, np.ndarray, np.ndarray, np.ndarray]:
@@ -59,7 +60,7 @@ def proven_images(config, *, count: int) -> tuple[Sessions, np.ndarray, np.ndarr
     eps = np.zeros(count, np.float32)
     for step in range(56):  # finer than `max`: random networks are steep, and little is proven of them
         tried = np.full(count, 2.0 ** (step / 4 - 20), np.float32)
-        eps = np.where(sessions.margins(images, labels, tried) > 0, tried, eps)
+        eps = np.where(sessions.first_pass_with_bounds(images, tried).margins > 0, tried, eps)
     return sessions, images[eps > 0], labels[eps > 0], eps[eps > 0]
 
 
@@ -110,48 +111,44 @@ def test_no_point_of_a_million_gets_another_label():
 def test_what_is_proven_at_some_eps_is_proven_at_every_smaller_one(config):
     sessions, images, labels, eps = proven_images(config, count=100)
     for share in (0.0, 0.3, 0.9):
-        assert (sessions.margins(images, labels, eps * np.float32(share)) > 0).all()
+        found = sessions.first_pass_with_bounds(images, eps * np.float32(share))
+        assert (found.margins > 0).all() and (found.probabilities.argmax(axis=1) == labels).all()
 
 
 def test_nothing_is_proven_of_another_label_than_the_first_passs(config):
-    sessions, images, labels, eps = proven_images(config, count=100)
-    other = (labels + 1) % config.classifier.classes
-    assert (sessions.margins(images, other, eps) < 0).all()
+    _, images, labels, eps = proven_images(config, count=100)
+    layers = weights.classifier_of(Bundle.load(shared_bundle(config))).chain()
+    other = torch.from_numpy((labels + 1) % config.classifier.classes)
+    with torch.no_grad():
+        leads = margins(layers, box_of(*map(torch.from_numpy, (images, eps))), other, slack=True)
+    assert (leads.amin(dim=1) < 0).all()
 
 
 def test_max_finds_the_largest_step_that_is_proven_in_seven_passes():
     limits = np.array([0.0, 0.004, 1 / STEPS, 0.3, 0.5, 0.999, 2.0])
     passes = []
 
-    def margins(images, labels, eps):
+    def margins_of(images, eps):
         passes.append(eps)
         return np.where(eps <= limits, limits - eps + 0.5, -1.0).astype(np.float32)
 
-    images, labels = np.zeros((7, 1, 2, 2), np.float32), np.zeros(7, np.int64)
-    found = certificates(margins, images, labels, Certify("max", 0.1))
+    found = largest(margins_of, np.zeros((7, 1, 2, 2), np.float32))
     assert [None if each is None else each.eps * STEPS for each in found] == [None, None, 1, 38, 64, 127, 127]
     assert len(passes) == BISECTIONS == 7
     assert [each is None or each.margin > 0 for each in found] == [True] * 7
 
 
-@pytest.mark.parametrize("mode", ["report", "decide"])
-def test_one_pass_is_enough_at_a_given_eps_and_it_is_rounded_up(mode):
-    passes = []
-
-    def margins(images, labels, eps):
-        passes.append(eps)
-        return np.array([0.25, 0.0, -3.0, np.nan], np.float32)
-
-    images, labels = np.zeros((4, 1, 2, 2), np.float32), np.zeros(4, np.int64)
-    first, *others = certificates(margins, images, labels, Certify(mode, 0.35))
-    assert (first.eps, first.margin) == (0.35, 0.25)
-    assert others == [None] * 3
-    ((given, *_),) = passes
-    assert given.dtype == np.float32 and float(given) > 0.35 > float(np.nextafter(given, np.float32(0)))
+@pytest.mark.parametrize(("margin", "proves"), [(0.25, True), (0.0, False), (-3.0, False), (float("nan"), False)])
+def test_only_a_margin_above_0_proves_something(margin, proves):
+    found = certificate(0.35, margin)
+    assert (found is not None) == proves
+    if found is not None:
+        assert (found.eps, found.margin) == (0.35, 0.25)
 
 
 @pytest.mark.parametrize("eps", [0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 8 / 255, 1.0, 1e-9])
 def test_an_eps_is_never_rounded_down(eps):
+    assert isinstance(rounded_up(eps), np.float32)
     assert eps <= float(rounded_up(eps)) <= eps * (1 + 2**-23)
 
 
@@ -184,6 +181,18 @@ def test_an_older_bundle_still_runs_and_says_how_to_get_proofs(tmp_path):
     sessions = Sessions(Bundle.load(folder), device="cpu", threads=1)
     assert sessions.first_pass(random_images(1)).probabilities.shape == (1, 10)
     assert sessions.unproven == f"bundle random has no {BOUNDS}: add it with `carso-train bounds {folder}`"
+
+
+def test_a_bundle_with_the_bounds_of_an_earlier_release_is_read_and_says_how_to_get_proofs(tmp_path):
+    folder = copy_of(shared_bundle(SMALL), tmp_path / "earlier")
+    (folder / BOUNDS).rename(folder / EARLIER_BOUNDS)  # of other inputs and outputs, and no longer asked
+    reseal(folder)
+    bundle = Bundle.load(folder)
+    sessions = Sessions(bundle, device="cpu", threads=1)
+    assert bundle.self_test.margins is not None
+    assert sessions.unproven == f"bundle random has no {BOUNDS}: add it with `carso-train bounds {folder}`"
+    with pytest.raises(DeviceError, match=f"nothing can be proven here: bundle random has no {BOUNDS}"):
+        sessions.first_pass_with_bounds(random_images(1), np.zeros(1, np.float32))
 
 
 def without_bounds(tmp_path: Path) -> Path:
@@ -237,10 +246,10 @@ def test_a_network_with_another_layer_is_exported_without_bounds_and_the_bundle_
 
 
 def test_a_network_that_is_no_chain_is_told_so():
-    classifier = random_system(SMALL)[0]
+    classifier, purifier = random_system(SMALL)
     classifier.chain = lambda: None
     with pytest.raises(UnboundedLayerError, match="the network fcn is not a chain of layers"):
-        BoundsGraph(classifier)
+        BoundsGraph(classifier, purifier)
 
 
 def test_bounds_of_other_weights_are_refused_at_the_start(tmp_path):
@@ -249,7 +258,9 @@ def test_bounds_of_other_weights_are_refused_at_the_start(tmp_path):
     export(classifier=classifier, purifier=purifier, images=torch.from_numpy(random_images(8)), folder=tmp_path / "b")
     (folder / BOUNDS).write_bytes((tmp_path / "b" / BOUNDS).read_bytes())
     reseal(folder)
-    with pytest.raises(DeviceError, match=f"margins are off by .*{BOUNDS} was exported from other weights"):
+    with pytest.raises(
+        DeviceError, match=f"margins are off by .*, and scores by .*{BOUNDS} was exported from other weights"
+    ):
         Sessions(Bundle.load(folder), device="cpu", threads=1)
 
 

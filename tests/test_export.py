@@ -101,7 +101,13 @@ def test_every_row_dimension_is_dynamic_and_the_others_are_fixed(name):
             "probabilities": (classes,),
             "codes": (config.purifier.code,),
         },
-        "first_pass_bounds.onnx": {"images": shape, "labels": (), "eps": (), "margins": ()},
+        "first_pass_with_bounds.onnx": {
+            "images": shape,
+            "eps": (),
+            "probabilities": (classes,),
+            "codes": (config.purifier.code,),
+            "margins": (),
+        },
         "vote.onnx": {
             "codes": (config.purifier.code,),
             "code_index": (),
@@ -196,7 +202,7 @@ def test_networks_without_a_folded_form_are_exported_as_they_are():
 
 
 def test_the_graphs_say_nothing_of_the_machine_that_exported_them(name):
-    for file in ("first_pass.onnx", "first_pass_bounds.onnx", "vote.onnx", "vote_int8.onnx"):
+    for file in ("first_pass.onnx", "first_pass_with_bounds.onnx", "vote.onnx", "vote_int8.onnx"):
         assert b".py" not in (shared_bundle(CONFIGS[name]) / file).read_bytes()
 
 

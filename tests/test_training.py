@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from carso.bundle import BOUNDS, Bundle, sealed
+from carso.bundle import BOUNDS, EARLIER_BOUNDS, Bundle, sealed
 from carso_training import run as run_module
 from carso_training.__main__ import main
 from carso_training.attacks import attack_named
@@ -487,7 +487,7 @@ def test_the_graph_by_which_labels_are_proven_can_be_added_to_a_bundle_that_lack
     before = Bundle.load(folder)
     with np.load(folder / "self_test.npz") as arrays:
         np.savez(folder / "self_test.npz", **{name: array for name, array in arrays.items() if name != "margins"})
-    (folder / BOUNDS).unlink()
+    (folder / BOUNDS).rename(folder / EARLIER_BOUNDS)
     sealed(folder, before.manifest.model_dump(mode="json", exclude={"schema_version", "files"}))
     older = Bundle.load(folder)
     assert older.bounds is None and older.self_test.margins is None
@@ -495,6 +495,7 @@ def test_the_graph_by_which_labels_are_proven_can_be_added_to_a_bundle_that_lack
     assert carso_train("bounds", folder).out.strip() == str(folder / BOUNDS)
     after = Bundle.load(folder)
     assert after.bounds == before.bounds
+    assert EARLIER_BOUNDS not in after.manifest.files and not (folder / EARLIER_BOUNDS).exists()
     np.testing.assert_allclose(after.self_test.margins, before.self_test.margins, rtol=1e-5)
     assert networks(after) == networks(older) == networks(before)
 

@@ -2,7 +2,8 @@
 
     manifest.json       what the bundle is, and the SHA-256 of every other file in it
     first_pass.onnx     images -> probabilities, codes
-    first_pass_bounds.onnx  images, labels, eps -> margins: what `carso.inference.certificate` proves by; optional
+    first_pass_with_bounds.onnx  images, eps -> probabilities, codes, margins: the same with what
+                        `carso.inference.certificate` proves by; optional
     vote.onnx           codes, code_index, latents -> votes [, purified]
     vote_int8.onnx      as vote.onnx, in 8-bit arithmetic for CPUs; a bundle may lack it
     self_test.npz       inputs, and the answers that intact graphs give to them
@@ -36,7 +37,8 @@ SCHEMA_VERSION = 2
 MANIFEST = "manifest.json"
 SIGNATURE = "model.sig"
 FIRST_PASS = "first_pass.onnx"  # noqa: S105 (the name of a graph)
-BOUNDS = "first_pass_bounds.onnx"
+BOUNDS = "first_pass_with_bounds.onnx"
+EARLIER_BOUNDS = "first_pass_bounds.onnx"
 VOTE = "vote.onnx"
 VOTE_INT8 = "vote_int8.onnx"
 SELF_TEST = "self_test.npz"
@@ -264,7 +266,7 @@ class Manifest(_Strict):
     disagreement: Disagreement | None = None  # None: not measured
     near_duplicates: NearDuplicates | None = None  # None: not measured
     proofs: Proofs | None = None  # None: not measured
-    unbounded: str | None = None  # why there is no first_pass_bounds.onnx, where its export was tried and failed
+    unbounded: str | None = None  # why there is no first_pass_with_bounds.onnx, where its export was tried and failed
     files: dict[FileName, Sha256]
 
     @model_validator(mode="after")

@@ -15,7 +15,7 @@ from typing import Annotated, Literal
 import torch
 import typer
 from carso import CarsoError, Client, Unavailable
-from carso.bundle import BOUNDS, MANIFEST, Bundle, BundleError
+from carso.bundle import BOUNDS, EARLIER_BOUNDS, MANIFEST, Bundle, BundleError
 from carso.choices import DEFAULT_EPS, LEAST_EPS
 from carso.inference.duplicates import REMEMBERED
 from carso.inference.runtime import InstallationError, check_runtime
@@ -31,7 +31,7 @@ from carso_training import durable
 from carso_training.datasets import dataset
 from carso_training.errors import DeviceUnavailableError, RecipeError, RunError, TrainingError
 from carso_training.export.files import bounds_of
-from carso_training.export.weights import classifier_of
+from carso_training.export.weights import classifier_of, purifier_of
 from carso_training.networks.bounds import UnboundedLayerError
 from carso_training.recipe import PRESETS, Recipe
 from carso_training.robustness import plots
@@ -369,10 +369,10 @@ def bounds(
         if array is not None and name != "margins"
     }
     try:
-        files = bounds_of(classifier_of(bundle), answers)
+        files = bounds_of(classifier_of(bundle), purifier_of(bundle), answers)
     except UnboundedLayerError as e:
         raise RunError(f"no label of {folder} can be proven: {e}") from None
-    rewrite(bundle, files=files, unbounded=None)
+    rewrite(bundle, files={**files, EARLIER_BOUNDS: None}, unbounded=None)
     typer.echo(folder / BOUNDS)
     if clean_rate:
         bundle = Bundle.load(folder)

@@ -13,12 +13,12 @@ import numpy as np
 
 from carso.bundle import BOUNDS, Bundle
 from carso.choices import BISECTIONS, CPU
-from carso.inference.jobs import Certificate, Certify
+from carso.inference.jobs import Certificate
 
 STEPS = 2**BISECTIONS  # `max` finds the largest proven multiple of 1/STEPS
 
-Margins = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
-"""images [B, *shape] float32, labels [B] int64, eps [B] float32 -> margins [B] float32; see Sessions.margins."""
+Margins = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""images [B, *shape] float32, eps [B] float32 -> margins [B] float32; see Sessions.first_pass_with_bounds."""
 
 
 def unproven(bundle: Bundle, *, provider: str) -> str | None:
@@ -41,28 +41,23 @@ def rounded_up(eps: float) -> np.float32:
     return near if float(near) >= eps else np.nextafter(near, np.float32(math.inf))
 
 
-def certificates(
-    margins: Margins, images: np.ndarray, labels: np.ndarray, asked: Certify
-) -> tuple[Certificate | None, ...]:
-    """Return what is proven of each image [n, *shape] and its first pass's label [n]; None: nothing.
+def largest(margins: Margins, images: np.ndarray) -> tuple[Certificate | None, ...]:
+    """Return the largest multiple of 1/STEPS below 1 that is proven of each image [n, *shape]; None: nothing is.
 
-    `max` gives the largest proven multiple of 1/STEPS below 1, by bisection. It runs BISECTIONS passes, and the others
-    one.
+    It bisects, and asks for margins BISECTIONS times.
     """
-    if asked.mode != "max":
-        found = margins(images, labels, np.full(len(images), rounded_up(asked.eps), np.float32))
-        return tuple(_proven(asked.eps, margin) for margin in found.tolist())
     best: list[Certificate | None] = [None] * len(images)
     proven, unknown = np.zeros(len(images), np.int64), np.full(len(images), STEPS)  # nothing is proven of STEPS
     for _ in range(BISECTIONS):
         middle = (proven + unknown) // 2
         eps = middle / STEPS  # exact in float32
-        found = margins(images, labels, eps.astype(np.float32))
+        found = margins(images, eps.astype(np.float32))
         for image, (tried, margin) in enumerate(zip(eps.tolist(), found.tolist(), strict=True)):
-            best[image] = _proven(tried, margin) or best[image]
+            best[image] = certificate(tried, margin) or best[image]
         proven, unknown = np.where(found > 0, middle, proven), np.where(found > 0, unknown, middle)
     return tuple(best)
 
 
-def _proven(eps: float, margin: float) -> Certificate | None:
+def certificate(eps: float, margin: float) -> Certificate | None:
+    """Return what a margin at `eps`, or above, proves; None: nothing."""
     return Certificate(eps, margin) if margin > 0 else None  # not so for NaN

@@ -85,6 +85,11 @@ class Job:
         return len(self.images) * (1 + (self.certify.rows if self.certify else 0))
 
     @property
+    def bounds_at(self) -> float | None:
+        """The eps of the bounds that its first passes are run with; None: without any."""
+        return None if self.certify is None or self.certify.mode == "max" else self.certify.eps
+
+    @property
     def votes(self) -> int:
         """Votes that the job may need at most."""
         return len(self.images) * self.plan.samples if self.plan else 0

@@ -1,6 +1,6 @@
 """The two-pass pipeline over all work in flight: what one step computes, with no threads and no HTTP.
 
-    job (images) -> first pass [-> certificates] -> one election per image -> rounds of votes -> tallies -> result
+    job (images) -> first pass [with bounds] -> one election per image -> rounds of votes -> tallies -> result
 
 Waiting first passes go first. Then one round casts votes for the open elections in turn, and so on. An election leaves
 as soon as its count may stop, and a new one joins at the next round. The service's engine thread and the offline
@@ -18,16 +18,16 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from functools import lru_cache, partial
+from itertools import chain, islice
 
 import numpy as np
 
 from carso.choices import MAX_SEED, PathName
-from carso.inference.certificate import certificates
+from carso.inference.certificate import certificate, largest, rounded_up
 from carso.inference.elections import Election, Progress
 from carso.inference.explanation import AVERAGED, explanation
 from carso.inference.jobs import (
     Certificate,
-    Certify,
     FirstSeen,
     Job,
     News,
@@ -42,7 +42,7 @@ from carso.inference.jobs import (
     VotePlan,
 )
 from carso.inference.latents import Stream, Streams
-from carso.inference.sessions import Sessions
+from carso.inference.sessions import FirstPass, Sessions
 from carso.inference.typical import typicalities
 from carso.inference.vote import SMALLEST_BALLOT, StoppingRule
 
@@ -203,19 +203,17 @@ class Pipeline:
         Return the results that need no vote, and how many votes certificates spared.
         """
         started = self._clock()
+        batch = sorted(batch, key=lambda ticket: ticket.job.bounds_at is not None)
         images = batch[0].job.images if len(batch) == 1 else np.concatenate([ticket.job.images for ticket in batch])
-        parts = [
-            self.sessions.first_pass(images[start : start + self.round_rows])
-            for start in range(0, len(images), self.round_rows)
-        ]
-        probabilities = np.concatenate([part.probabilities for part in parts])
-        codes = np.concatenate([part.codes for part in parts])
+        probabilities, codes, margins = self._passes(batch, images)
         labels = probabilities.argmax(axis=1)
-        proven = self._certificates(batch, images, labels)
+        proven = self._certificates(batch, margins)
         decided = _decided(batch, proven)
         figures = self._typical_without_a_vote(batch, images, codes, decided)
         done = self._clock()
 
+        seedless = [ticket.job for ticket in batch if ticket.job.plan is not None and ticket.job.plan.seed is None]
+        fresh = iter(_fresh_seeds(sum(len(job.images) for job in seedless)))
         finished: list[tuple[Ticket, Result | None]] = []
         end = spared = 0
         for ticket in batch:
@@ -226,7 +224,7 @@ class Pipeline:
                 news += [(ticket, FirstSeen(image, *each)) for image, each in enumerate(found)]
             outcomes: dict[int, Outcome] = {}
             if plan is not None:
-                seeds = _fresh_seeds(len(own)) if plan.seed is None else [plan.seed] * len(own)
+                seeds = [next(fresh) if plan.seed is None else plan.seed for _ in own]
                 outcomes = {
                     row - own.start: self._outcome_of_proof(label, seed)
                     for row, label, seed in zip(own, labels[rows].tolist(), seeds, strict=True)
@@ -257,27 +255,54 @@ class Pipeline:
             finished.append((ticket, result))
         return finished, spared
 
-    def _certificates(
-        self, batch: Sequence[Ticket], images: np.ndarray, labels: np.ndarray
-    ) -> dict[Ticket, tuple[Certificate | None, ...]]:
-        """Prove what the jobs of a batch ask for: those that ask for the same together."""
-        rows: dict[Certify, list[tuple[Ticket, np.ndarray]]] = {}
-        offset = 0
+    def _passes(self, batch: Sequence[Ticket], images: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Compute the first passes of a batch, whose last jobs are those that ask for bounds, in the same run.
+
+        Return the probabilities and codes of all images, and the margins of the last ones.
+        """
+        eps: list[np.float32] = []
         for ticket in batch:
-            end = offset + len(ticket.job.images)
-            if ticket.job.certify is not None:
-                rows.setdefault(ticket.job.certify, []).append((ticket, np.arange(offset, end)))
-            offset = end
+            if (at := ticket.job.bounds_at) is not None:
+                eps += [rounded_up(at)] * len(ticket.job.images)
+        plain = len(images) - len(eps)
+        parts: list[FirstPass] = [self.sessions.first_pass(images[rows]) for rows in self._parts(0, plain)]
+        bounded = [
+            self.sessions.first_pass_with_bounds(
+                images[rows], np.array(eps[rows.start - plain : rows.stop - plain], np.float32)
+            )
+            for rows in self._parts(plain, len(images))
+        ]
+        parts += bounded
+        return (
+            np.concatenate([part.probabilities for part in parts]),
+            np.concatenate([part.codes for part in parts]),
+            [margin for part in bounded for margin in part.margins.tolist()],
+        )
+
+    def _certificates(
+        self, batch: Sequence[Ticket], margins: Iterable[float]
+    ) -> dict[Ticket, tuple[Certificate | None, ...]]:
+        """Return what is proven of the images of the jobs that ask. `margins`: as `_passes` returns them."""
+        left = iter(margins)
         proven: dict[Ticket, tuple[Certificate | None, ...]] = {}
-        for asked, members in rows.items():
-            wanted = np.concatenate([own for _, own in members])
-            found: list[Certificate | None] = []
-            for start in range(0, len(wanted), self.round_rows):
-                part = wanted[start : start + self.round_rows]
-                found += certificates(self.sessions.margins, images[part], labels[part], asked)
-            for ticket, own in members:
-                proven[ticket], found = tuple(found[: len(own)]), found[len(own) :]
+        searched: list[Ticket] = []
+        for ticket in batch:
+            if (at := ticket.job.bounds_at) is not None:
+                proven[ticket] = tuple(certificate(at, margin) for margin in islice(left, len(ticket.job.images)))
+            elif ticket.job.certify is not None:
+                searched.append(ticket)
+        if searched:
+            images = np.concatenate([ticket.job.images for ticket in searched])
+            found = chain.from_iterable(
+                largest(lambda part, eps: self.sessions.first_pass_with_bounds(part, eps).margins, images[rows])
+                for rows in self._parts(0, len(images))
+            )
+            proven |= {ticket: tuple(islice(found, len(ticket.job.images))) for ticket in searched}
         return proven
+
+    def _parts(self, start: int, end: int) -> list[slice]:
+        """Cut rows into parts that are run at once."""
+        return [slice(at, min(at + self.round_rows, end)) for at in range(start, end, self.round_rows)]
 
     def _outcome_of_proof(self, label: int, seed: int) -> Outcome:
         return Outcome(label, 0, [0] * self.classes, "certificate", risk_reached=1.0, seed=seed)

@@ -16,7 +16,7 @@ import numpy as np
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 import onnxruntime as ort
 
-from carso.bundle import BOUNDS, FIRST_PASS, SELF_TEST_EPS, VOTE, VOTE_INT8, Bundle
+from carso.bundle import BOUNDS, FIRST_PASS, SELF_TEST_EPS, VOTE, VOTE_INT8, Bundle, SelfTest
 from carso.choices import CPU, CUDA, PRECISIONS, Device, Precision, PrecisionAsked
 from carso.inference.certificate import unproven
 from carso.inference.precision import Choice, chosen
@@ -65,12 +65,19 @@ class FirstPass:
     codes: np.ndarray  # [B, code] float32, compressed representations
 
 
+@dataclass(frozen=True)
+class BoundedFirstPass(FirstPass):
+    """The same, and how far the score of the most probable class is above all others, at least, within some eps."""
+
+    margins: np.ndarray  # [B] float32
+
+
 class Sessions:
     """The graphs of one bundle, built on one device. Not for use by two threads at once."""
 
     provider: str  # the execution provider really in use, as the built session tells
     precision: Choice  # of the votes
-    unproven: str | None  # why `margins` cannot be asked, and what would change that; None: it can
+    unproven: str | None  # why nothing can be proven, and what would change that; None: it can
     cuda_graphs: bool  # whether runs of fixed sizes are replayed from CUDA graphs
 
     def __init__(
@@ -156,17 +163,18 @@ class Sessions:
         found = self._first_pass.run(("probabilities", "codes"), {"images": images})
         return FirstPass(*(array[: len(images)] for array in found))
 
-    def margins(self, images: np.ndarray, labels: np.ndarray, eps: np.ndarray) -> np.ndarray:
-        """Return [B] float32: how far the score of a label is above all others, at least, on every image within eps.
+    def first_pass_with_bounds(self, images: np.ndarray, eps: np.ndarray) -> BoundedFirstPass:
+        """Run the first pass on `images` [B, *shape], and on every image within `eps` [B] of each, in one run.
 
-        `images` [B, *shape] float32 in the bundle's value range, `labels` [B] int64, `eps` [B] float32 in units of the
-        values. Where a margin is positive, the first pass gives this label to all those images: docs/certificate.md
-        has the proof. Raises DeviceError where nothing can be proven, with what `unproven` says.
+        `images` are float32 in the bundle's value range, and `eps` is float32 in units of the values. Where a margin is
+        positive, the first pass gives the same label to all those images: docs/certificate.md has the proof. Raises
+        DeviceError where nothing can be proven, with what `unproven` says.
         """
         if self._bounds is None:
             raise DeviceError(f"nothing can be proven here: {self.unproven}")
-        found: np.ndarray = self._bounds.run(["margins"], {"images": images, "labels": labels, "eps": eps})[0]
-        return found
+        return BoundedFirstPass(
+            *self._bounds.run(["probabilities", "codes", "margins"], {"images": images, "eps": eps})
+        )
 
     def vote(self, codes: np.ndarray, code_index: np.ndarray, latents: np.ndarray) -> np.ndarray:
         """Cast R votes and return their classes [R] int64.
@@ -225,10 +233,7 @@ class Sessions:
         score_tolerance, vote_tolerance = SCORE_TOLERANCE[self.provider], VOTE_TOLERANCE[self.provider, precision]
         first = self.first_pass(test.images)
         votes = self.vote(test.codes, test.code_index, test.latents)
-        strayed = max(
-            float(np.abs(first.probabilities - test.probabilities).max()),
-            float(np.abs(first.codes - test.codes).max()),
-        )
+        strayed = _strayed(first, test)
         other = float((votes != test.votes).mean())
         if not strayed <= score_tolerance or not other <= vote_tolerance:
             raise DeviceError(
@@ -247,13 +252,14 @@ class Sessions:
         test = bundle.self_test
         if self._bounds is None or test.margins is None:
             return
-        eps = np.full(len(test.images), SELF_TEST_EPS, np.float32)
-        found = self.margins(test.images, test.probabilities.argmax(axis=1), eps)
-        if not np.allclose(found, test.margins, atol=MARGIN_TOLERANCE, rtol=MARGIN_TOLERANCE):
+        found = self.first_pass_with_bounds(test.images, np.full(len(test.images), SELF_TEST_EPS, np.float32))
+        strayed = _strayed(found, test)
+        is_near = np.allclose(found.margins, test.margins, atol=MARGIN_TOLERANCE, rtol=MARGIN_TOLERANCE)
+        if not is_near or not strayed <= SCORE_TOLERANCE[CPU]:
             raise DeviceError(
                 f"the self-test of bundle {bundle.folder} failed on {self.provider}: margins are off by "
-                f"{float(np.abs(found - test.margins).max()):.2g}. The device or its libraries compute wrongly, or the "
-                f"bundle's {BOUNDS} was exported from other weights."
+                f"{float(np.abs(found.margins - test.margins).max()):.2g}, and scores by {strayed:.2g}. The device or "
+                f"its libraries compute wrongly, or the bundle's {BOUNDS} was exported from other weights."
             )
 
 
@@ -332,6 +338,13 @@ class _Batches:
         padded = np.zeros((rows, *array.shape[1:]), array.dtype)
         padded[: len(array)] = array
         return padded
+
+
+def _strayed(found: FirstPass, test: SelfTest) -> float:
+    """Return how far scores and codes are off the known answers, at most."""
+    return max(
+        float(np.abs(found.probabilities - test.probabilities).max()), float(np.abs(found.codes - test.codes).max())
+    )
 
 
 def _provider(session: ort.InferenceSession) -> str:

@@ -77,7 +77,7 @@ def export(
         durable.write(folder / name, graph.SerializeToString())
     unbounded = None
     try:
-        bounds = bounds_of(classifier, answers)
+        bounds = bounds_of(classifier, purifier, answers)
     except UnboundedLayerError as e:
         unbounded = str(e)
         durable.write(folder / SELF_TEST, _packed(answers))
@@ -89,18 +89,16 @@ def export(
 
 
 @torch.no_grad()
-def bounds_of(classifier: Classifier, answers: Mapping[str, np.ndarray]) -> dict[str, bytes]:
-    """Return the files by which a bundle can prove labels: its graph of bounds, and its self-test with margins.
+def bounds_of(classifier: Classifier, purifier: Purifier, answers: Mapping[str, np.ndarray]) -> dict[str, bytes]:
+    """Return the files by which a bundle can prove labels: its first pass with bounds, and its self-test with margins.
 
-    `classifier`: of the first pass, on the CPU and in eval mode. `answers`: the self-test's arrays without margins.
-    Raises UnboundedLayerError if bounds cannot be taken through the classifier.
+    `classifier` and `purifier`: of the first pass, on the CPU and in eval mode. `answers`: the self-test's arrays
+    without margins. Raises UnboundedLayerError if bounds cannot be taken through the classifier.
     """
-    graph, images = BoundsGraph(classifier).eval(), torch.from_numpy(answers["images"])
-    labels = torch.from_numpy(answers["probabilities"].argmax(axis=1))
-    margins = graph(images, labels, torch.full((len(images),), SELF_TEST_EPS))
-    rows = {"images": "batch", "labels": "batch", "eps": "batch"}
-    inputs = {"images": images[:2], "labels": labels[:2], "eps": torch.zeros(2)}
-    exported = _exported(graph, inputs, outputs=("margins",), rows=rows)
+    graph, images = BoundsGraph(classifier, purifier).eval(), torch.from_numpy(answers["images"])
+    _, _, margins = graph(images, torch.full((len(images),), SELF_TEST_EPS))
+    inputs, rows = {"images": images[:2], "eps": torch.zeros(2)}, {"images": "batch", "eps": "batch"}
+    exported = _exported(graph, inputs, outputs=("probabilities", "codes", "margins"), rows=rows)
     return {BOUNDS: exported.SerializeToString(), SELF_TEST: _packed({**answers, "margins": margins.numpy()})}
 
 

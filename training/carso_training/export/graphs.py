@@ -38,21 +38,25 @@ class VoteGraph(nn.Module):
 
 
 class BoundsGraph(nn.Module):
-    """images [B, *shape] in [0, 1], labels [B] int64, eps [B] -> margins [B]: the smallest lead that is proven.
+    """images [B, *shape] in [0, 1], eps [B] -> probabilities [B, classes], codes [B, code], margins [B].
 
-    Where a margin is positive, the first pass gives this label to every image within eps (docs/certificate.md).
+    A margin is the smallest lead of the most probable class that is proven. Where it is positive, the first pass gives
+    this class to every image within eps (docs/certificate.md).
     """
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, purifier: Purifier) -> None:
         """Raises UnboundedLayerError if bounds cannot be taken through the classifier."""
         super().__init__()
+        self.first_pass = FirstPassGraph(classifier, purifier)
         layers = classifier.chain()
         if layers is None:
             raise UnboundedLayerError(f"the network {classifier.config.network} is not a chain of layers")
         self.layers = nn.ModuleList(layers)
         self.classes = classifier.config.classes
 
-    def forward(self, images: Tensor, labels: Tensor, eps: Tensor) -> Tensor:
+    def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        probabilities, codes = self.first_pass(images)
+        labels = probabilities.argmax(dim=1)
         leads = margins(list(self.layers), box_of(images, eps), labels, slack=True)
         own = torch.arange(self.classes) == labels.unsqueeze(1)
-        return torch.where(own, torch.inf, leads).amin(dim=1)
+        return probabilities, codes, torch.where(own, torch.inf, leads).amin(dim=1)

@@ -84,12 +84,20 @@ def propagate(layers: Sequence[nn.Module], box: Box, *, slack: bool) -> Box:
     return box
 
 
-def _centre_and_radius(box: Box, terms: int, *, slack: bool) -> tuple[Tensor, Tensor]:
-    """Return a box's centre, and its radius with what rounding may add in a sum of `terms` products."""
-    centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
+def _doubled(box: Box, terms: int, *, slack: bool) -> tuple[Tensor, Tensor]:
+    """Return twice the centre of a box, and twice its radius with what rounding may add in a sum of `terms` products.
+
+    Whoever halves the weights instead, which is exact, saves two operations.
+    """
+    centre, radius = box.lower + box.upper, box.upper - box.lower
     if slack:
-        radius = radius + _share(terms) * (centre.abs() + radius)
+        radius = radius + 2 * _share(terms) * _size(box)
     return centre, radius
+
+
+def _size(box: Box) -> Tensor:
+    """Return the largest absolute value in a box. This does not round."""
+    return torch.maximum(-box.lower, box.upper)
 
 
 def _share(terms: int) -> float:
@@ -105,10 +113,11 @@ def _ends(centre: Tensor, radius: Tensor) -> Box:
 
 def _linear(layer: nn.Linear, box: Box, slack: bool) -> Box:
     terms = layer.in_features
-    centre, radius = _centre_and_radius(box, terms, slack=slack)
+    centre, radius = _doubled(box, terms, slack=slack)
+    half = layer.weight / 2
     return _ends(
-        F.linear(centre, layer.weight, layer.bias),
-        F.linear(radius, layer.weight.abs(), _bias_slack(layer, terms) if slack else None),
+        F.linear(centre, half, layer.bias),
+        F.linear(radius, half.abs(), _bias_slack(layer, terms) if slack else None),
     )
 
 
@@ -116,10 +125,11 @@ def _convolution(layer: nn.Conv2d, box: Box, slack: bool) -> Box:
     if layer.padding_mode != "zeros" or isinstance(layer.padding, str):
         raise UnboundedLayerError("bounds are taken through convolutions that are padded with a number of zeros only")
     terms = prod(layer.weight.shape[1:])
-    centre, radius = _centre_and_radius(box, terms, slack=slack)
+    centre, radius = _doubled(box, terms, slack=slack)
+    half = layer.weight / 2
     how = {"stride": layer.stride, "padding": layer.padding, "dilation": layer.dilation, "groups": layer.groups}
     bias = _bias_slack(layer, terms) if slack else None
-    return _ends(F.conv2d(centre, layer.weight, layer.bias, **how), F.conv2d(radius, layer.weight.abs(), bias, **how))
+    return _ends(F.conv2d(centre, half, layer.bias, **how), F.conv2d(radius, half.abs(), bias, **how))
 
 
 def _bias_slack(layer: nn.Linear | nn.Conv2d, terms: int) -> Tensor:
@@ -130,15 +140,21 @@ def _bias_slack(layer: nn.Linear | nn.Conv2d, terms: int) -> Tensor:
 def _differences(last: nn.Linear, box: Box, *, slack: bool) -> Tensor:
     """Return lower bounds [B, classes, classes] of score a minus score b, at [:, a, b]."""
     terms, classes = last.in_features, last.out_features
-    weight = (last.weight.unsqueeze(1) - last.weight.unsqueeze(0)).flatten(0, 1)
-    bias = None if last.bias is None else (last.bias.unsqueeze(1) - last.bias.unsqueeze(0)).flatten()
-    centre, radius = (box.lower + box.upper) / 2, (box.upper - box.lower) / 2
-    below = F.linear(centre, weight, bias) - F.linear(radius, weight.abs())
+    bias = last.weight.new_zeros(classes) if last.bias is None else last.bias
+    half = _of_all_pairs(torch.sub, last.weight) / 2
+    centre, radius = _doubled(box, terms, slack=False)
+    below = F.linear(centre, half, _of_all_pairs(torch.sub, bias)) - F.linear(radius, half.abs())
     if slack:
         # each score is rounded by itself, so the slack is that of both and not of their difference
-        size = F.linear(centre.abs() + radius, last.weight.abs(), None if last.bias is None else last.bias.abs())
-        below = below - _share(terms) * (size.unsqueeze(2) + size.unsqueeze(1)).flatten(1) - TINY
+        share = _share(terms)
+        weight, bias = (share * _of_all_pairs(torch.add, part.abs()) for part in (last.weight, bias))
+        below = below - F.linear(_size(box), weight, bias + TINY)
     return below.unflatten(1, (classes, classes))
+
+
+def _of_all_pairs(combine: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Combine each row [classes, ...] with each: [classes * classes, ...], the second row's index moving faster."""
+    return combine(rows.unsqueeze(1), rows.unsqueeze(0)).flatten(0, 1)
 
 
 def _monotone(layer: nn.Module, box: Box, slack: bool) -> Box:

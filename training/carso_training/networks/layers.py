@@ -32,7 +32,9 @@ class SoftThresholds(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         # In float32, whatever the network is in. In bfloat16 a white pixel would come out as exactly 1, with a gradient
         # of exactly 0, and no attack in training would ever darken it.
-        above = images.repeat_interleave(self.count, dim=1).float() - self.centres.float()
+        if images.shape[1] > 1:  # a single channel is broadcast
+            images = images.repeat_interleave(self.count, dim=1)
+        above = images.float() - self.centres.float()
         return torch.sigmoid(self.steepness.float() * above).to(images.dtype)
 
 

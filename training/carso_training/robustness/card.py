@@ -92,8 +92,8 @@ EFFORT = (
     "again, and tries harder with `--effort thorough`."
 )
 PROVEN = (
-    "What is *proven* needs no attack: `first_pass_bounds.onnx` computes that the classifier gives all images within "
-    "eps the same label, and these labels are right."
+    "What is *proven* needs no attack: `first_pass_with_bounds.onnx` computes that the classifier gives all images "
+    "within eps the same label, and these labels are right."
 )
 FAILED_ATTACK = (
     "Accuracy above chance at eps 0.50 means that the attack failed, not that the defence held: 40 steps of 0.01 "

@@ -94,8 +94,9 @@ def _proven(sessions: Sessions, images: np.ndarray, *, eps: float) -> tuple[np.n
     labels, margins = [], []
     for start in range(0, len(images), BATCH):
         part = images[start : start + BATCH]
-        labels.append(sessions.first_pass(part).probabilities.argmax(axis=1))
-        margins.append(sessions.margins(part, labels[-1], np.full(len(part), rounded_up(eps))))
+        found = sessions.first_pass_with_bounds(part, np.full(len(part), rounded_up(eps)))
+        labels.append(found.probabilities.argmax(axis=1))
+        margins.append(found.margins)
     return np.concatenate(labels), np.concatenate(margins) > 0
 
 

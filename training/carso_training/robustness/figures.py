@@ -12,7 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, get_args
 
-from carso.bundle import BOUNDS, Bundle, Cell
+from carso.bundle import BOUNDS, EARLIER_BOUNDS, Bundle, Cell
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from carso_training import durable
@@ -103,7 +103,9 @@ def networks(bundle: Bundle) -> str:
     """
     files = bundle.manifest.files
     parts = [
-        f"{name} {files[name]}" for name in sorted(files) if name.endswith((".onnx", ".safetensors")) and name != BOUNDS
+        f"{name} {files[name]}"
+        for name in sorted(files)
+        if name.endswith((".onnx", ".safetensors")) and name not in (BOUNDS, EARLIER_BOUNDS)
     ]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 

@@ -82,15 +82,15 @@ def rewrite(
     bundle: Bundle,
     *,
     samples: Mapping[str, bytes] | None = None,
-    files: Mapping[str, bytes] | None = None,
+    files: Mapping[str, bytes | None] | None = None,
     **measured: Any,
 ) -> None:
     """Write a bundle again, beside the old one and swapped, with what was measured in its manifest and model card.
 
     `measured`: fields of the manifest, in place of the old ones. `samples`: the files of its samples by their names in
-    the bundle, in place of the old ones; None: they stay. `files`: others to write. The networks stay as they are.
-    Raises RecipeError if the manifest holds no recipe of this release, BundleError if the bundle would not load, and
-    OSError.
+    the bundle, in place of the old ones; None: they stay. `files`: others to write, and None for those to remove. The
+    networks stay as they are. Raises RecipeError if the manifest holds no recipe of this release, BundleError if the
+    bundle would not load, and OSError.
     """
     folder = bundle.folder
     part, old = folder.with_name(f"{folder.name}.part"), folder.with_name(f"{folder.name}.old")
@@ -105,7 +105,10 @@ def rewrite(
         for name, content in samples.items():
             (part / name).write_bytes(content)
     for name, content in (files or {}).items():
-        (part / name).write_bytes(content)
+        if content is None:
+            (part / name).unlink(missing_ok=True)
+        else:
+            (part / name).write_bytes(content)
     card = model_card(recipe_of(bundle), manifest.table, risk=RISK, typical=manifest.typical, samples=shipped)
     (part / CARD).write_text(card)
     sealed(part, manifest.model_dump(mode="json", exclude={"schema_version", "files"}))
