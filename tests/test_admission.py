@@ -13,6 +13,7 @@ from carso.inference.engine import Engine
 from carso.inference.jobs import Job, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
+from carso.inference.thread import InThread
 
 from tests import calls
 from tests.bundles import SMALL, random_images, shared_bundle
@@ -69,7 +70,7 @@ def test_a_caller_is_told_to_wait_between_a_second_and_a_minute():
 async def test_the_robust_path_may_be_full_while_the_fast_path_is_not():
     sessions = Sessions(Bundle.load(shared_bundle(SMALL)), device="cpu", threads=1)
     pipeline = Pipeline(sessions, latent=SMALL.purifier.latent, classes=SMALL.classifier.classes, round_rows=128)
-    engine = Engine(pipeline, queue_rows={"robust": 2**60 + 2**59, "fast": 2})
+    engine = Engine(InThread(pipeline), queue_rows={"robust": 2**60 + 2**59, "fast": 2})
     engine.start()
     try:
         images = random_images(3)

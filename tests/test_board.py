@@ -22,6 +22,7 @@ from carso.http import keys
 from carso.http.keys import SAVED_UP, ApiKeys, BadKeys, Caller
 from carso.inference.admission import Admission, QueueFull
 from carso.inference.engine import Engine
+from carso.inference.thread import InThread
 from carso.telemetry import counted
 from carso.telemetry.evidence import Evidence
 from carso.telemetry.metrics import Metrics
@@ -189,6 +190,7 @@ def test_parts_belong_to_a_worker_and_go_with_it(board, seats):
 def test_workers_never_owe_more_than_the_limit_together(board):
     program = """
 from carso.inference.admission import Admission, QueueFull
+from carso.inference.thread import InThread
 admission, admitted = Admission(1000, whole=whole, path="fast"), 0
 print("ready", flush=True)
 sys.stdin.readline()
@@ -376,7 +378,7 @@ class Idle:
 
 
 async def test_a_service_is_ready_while_one_of_its_workers_is(board, seats):
-    engine, lifecycle = Engine(Idle()), Lifecycle()
+    engine, lifecycle = Engine(InThread(Idle())), Lifecycle()
     probes = Probes(engine, lifecycle, watchdog=30, whole=seats[0])
     with pytest.raises(NotReady, match="engine is not running"):
         probes.live()

@@ -15,6 +15,7 @@ from carso.inference.engine import Engine
 from carso.inference.jobs import Job, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
+from carso.inference.thread import InThread
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.bundles import copy_of
@@ -34,7 +35,7 @@ def bundle() -> Bundle:
 @pytest.fixture
 async def engine(bundle):
     sessions = Sessions(bundle, device="cpu", threads=1)
-    engine = Engine(Pipeline(sessions, latent=bundle.manifest.latent, classes=10, round_rows=128))
+    engine = Engine(InThread(Pipeline(sessions, latent=bundle.manifest.latent, classes=10, round_rows=128)))
     engine.start()
     yield engine
     await asyncio.wait_for(engine.stop(), TIMEOUT)

@@ -12,8 +12,9 @@ import pytest
 import torch
 from carso.bundle import BOUNDS, EARLIER_BOUNDS, Bundle
 from carso.choices import CPU, CUDA
+from carso.inference.abilities import DeviceError
 from carso.inference.certificate import BISECTIONS, STEPS, certificate, largest, rounded_up, unproven
-from carso.inference.sessions import DeviceError, Sessions
+from carso.inference.sessions import Sessions
 from carso_training.attacks.linf import climb
 from carso_training.datasets.examples import Examples
 from carso_training.export import weights

@@ -259,6 +259,26 @@ def test_more_than_there_is_cannot_be_held_out():
 # --- the sources ------------------------------------------------------------------------------------------------------
 
 
+def test_images_are_moved_by_whole_pixels_and_lose_what_moves_out():
+    images = torch.randint(256, (200, 2, 4, 5), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    examples, rows = Examples(images, torch.zeros(200, dtype=torch.int64)), torch.arange(199, -1, -1)
+    moved = examples.moved(rows, by=1, generator=torch.Generator().manual_seed(1))
+    padded = torch.nn.functional.pad(examples.pixels(rows), (1, 1, 1, 1))
+    moves = [(down, right) for down in range(3) for right in range(3)]
+    ways = torch.stack([padded[:, :, down : down + 4, right : right + 5] for down, right in moves])
+    found = (ways == moved).flatten(2).all(dim=2)  # [moves, images]
+    assert found.any(dim=0).all()
+    assert found.any(dim=1).all()
+
+
+def test_without_moves_nothing_is_drawn():
+    examples, generator = numbered(10), torch.Generator().manual_seed(3)
+    before = generator.get_state()
+    rows = torch.tensor([2, 7])
+    assert torch.equal(examples.moved(rows, by=0, generator=generator), examples.pixels(rows))
+    assert torch.equal(generator.get_state(), before)
+
+
 def test_a_folder_of_plain_files_is_a_source(cache, spec, folder):
     assert spec.ensure(cache=cache, given=folder) == cache
     assert holds_all(cache)

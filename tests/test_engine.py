@@ -14,6 +14,7 @@ from carso.inference.engine import Engine, EngineDead, EngineError, EngineStoppe
 from carso.inference.jobs import Job, Step, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
+from carso.inference.thread import InThread
 from carso.telemetry.probes import Lifecycle, Probes
 
 from tests.bundles import SMALL, random_images, shared_bundle
@@ -45,7 +46,7 @@ def steps() -> list[Step]:
 
 @pytest.fixture
 async def engine(pipeline, steps) -> AsyncIterator[Engine]:
-    engine = Engine(pipeline, observe=steps.append)
+    engine = Engine(InThread(pipeline, observe=steps.append))
     engine.start()
     yield engine
     await asyncio.wait_for(engine.stop(), TIMEOUT)
@@ -177,7 +178,7 @@ async def test_an_idle_engine_stops_and_twice_is_no_error(engine):
 
 
 async def test_an_engine_that_was_never_started_refuses_jobs_and_can_be_stopped(pipeline):
-    engine = Engine(pipeline)
+    engine = Engine(InThread(pipeline))
     assert not engine.alive
     with pytest.raises(EngineError, match="not running"):
         await engine.run(Job(IMAGES[:1]))
@@ -244,7 +245,7 @@ async def test_jobs_that_are_done_are_answered_even_if_the_engine_is_abandoned_m
 async def stuck(pipeline) -> AsyncIterator[Engine]:
     """In a step that does not end, and with nobody who waits for it any more."""
     release = threading.Event()
-    engine = Engine(pipeline, observe=lambda step: release.wait(60) and None)
+    engine = Engine(InThread(pipeline, observe=lambda step: release.wait(60) and None))
     engine.start()
     await asyncio.sleep(0.1)
     assert not engine.stalled(0.05)  # idle is not stalled

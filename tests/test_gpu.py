@@ -15,9 +15,10 @@ import numpy as np
 import pytest
 from carso.bundle import Bundle
 from carso.choices import CUDA, PRECISIONS
+from carso.inference.abilities import DeviceError
 from carso.inference.jobs import VotePlan
 from carso.inference.pipeline import Pipeline
-from carso.inference.sessions import CUDA_BUCKETS, DeviceError, Sessions
+from carso.inference.sessions import CUDA_BUCKETS, Sessions
 from carso.settings import REFERENCE_BUNDLE
 
 pytestmark = pytest.mark.gpu

@@ -106,3 +106,12 @@ def test_a_gpu_is_expected_where_it_was_asked_for_or_may_be_found(monkeypatch):
     monkeypatch.setattr(placement.ctypes, "CDLL", missing)
     assert not may_be_on_gpu("auto")
     assert found == ["libcuda.so.1"]
+
+
+def test_workers_share_an_engine_where_it_is_on_a_gpu_or_that_is_asked_for():
+    shared = {
+        (asked, on_gpu): placement.shares_engine(asked, on_gpu=on_gpu)
+        for asked in ("auto", "shared", "own")
+        for on_gpu in (False, True)
+    }
+    assert {case for case, found in shared.items() if found} == {("auto", True), ("shared", False), ("shared", True)}

@@ -10,6 +10,7 @@ from carso.inference.jobs import VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
 from carso.inference.shadow import Shadow
+from carso.inference.thread import InThread
 
 from tests.bundles import SMALL, random_images, shared_bundle
 from tests.calls import BATCH, VALUES, as_npy, sample, under_way
@@ -74,7 +75,7 @@ def test_a_busy_engine_is_left_alone_and_what_does_not_fit_is_dropped(tmp_path):
 
 async def test_a_share_of_the_images_is_drawn(tmp_path):
     bundle = Bundle.load(shared_bundle(SMALL))
-    engine = Engine(Pipeline(Sessions(bundle, device="cpu", threads=1), latent=6, classes=10, round_rows=128))
+    engine = Engine(InThread(Pipeline(Sessions(bundle, device="cpu", threads=1), latent=6, classes=10, round_rows=128)))
     engine.start()
     draws = iter([0.05, 0.5, 0.0999, 0.1, 0.99])
     found: list[tuple[bool, str | None]] = []

@@ -34,6 +34,7 @@ from carso.inference.engine import Engine
 from carso.inference.jobs import FirstSeen, Job, News, Standing, VotePlan
 from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
+from carso.inference.thread import InThread
 
 from tests.bundles import SMALL, random_images, shared_bundle
 from tests.calls import ENDLESS, FEW, PNG, VALUES, as_npy, in_flight, refused
@@ -296,7 +297,7 @@ def pipeline() -> Iterator[Pipeline]:
 
 async def test_only_those_who_follow_a_job_are_told_of_it_and_before_it_is_done(pipeline):
     steps = []
-    engine = Engine(pipeline, observe=steps.append)
+    engine = Engine(InThread(pipeline, observe=steps.append))
     engine.start()
     job = Job(random_images(3), VotePlan(samples=1500, risk=0, seed=1))
     heard: list[News] = []

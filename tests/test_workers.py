@@ -337,7 +337,10 @@ def test_a_replacement_that_cannot_start_again_and_again_ends_the_service_with_i
     [
         ({"workers": 0}, "CARSO_WORKERS: '0' is not allowed; it must be an integer from 1 to 64 or auto"),
         ({"workers": "many"}, "CARSO_WORKERS: 'many' is not allowed"),
-        ({"workers": 2, "device": "cuda"}, "CARSO_WORKERS: 2 is not allowed with CARSO_DEVICE cuda"),
+        (
+            {"workers": 2, "device": "cuda", "engine": "own"},
+            "CARSO_ENGINE: own is not allowed with CARSO_DEVICE cuda and CARSO_WORKERS 2",
+        ),
     ],
 )
 def test_a_number_of_workers_that_cannot_be_is_refused(given, told):

@@ -6,6 +6,7 @@ import asyncio
 import atexit
 import logging
 import os
+import socket
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
@@ -29,7 +30,7 @@ from carso.api.streams import Answering, Bounds, Streams
 from carso.board.seat import Seat
 from carso.board.whole import Whole
 from carso.bundle import Bundle, BundleError
-from carso.choices import CUDA, Checked, PathName
+from carso.choices import CHECKED, CUDA, PathName
 from carso.errors import RequestError
 from carso.http.envelope import Bodies, Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
@@ -37,20 +38,20 @@ from carso.http.refusals import refuse
 from carso.http.server import Service
 from carso.images.media_types import MEDIA_TYPES
 from carso.images.reader import Reader
+from carso.inference.abilities import Abilities
 from carso.inference.admission import QueueFull
 from carso.inference.canary import Canary
 from carso.inference.duplicates import Recent
 from carso.inference.engine import Engine, EngineError
 from carso.inference.jobs import Outcome, VotePlan
-from carso.inference.pipeline import Pipeline
-from carso.inference.processors import give_way
+from carso.inference.remote import Remote
 from carso.inference.runtime import check_runtime
-from carso.inference.sessions import Sessions
 from carso.inference.shadow import Shadow
+from carso.inference.thread import InThread
 from carso.options import ExplainedOptions, RobustOptions, StreamOptions, fast_options, robust_options
 from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
-from carso.signing import PublicKey, UnusableKey
+from carso.signing import PublicKey, public_key
 from carso.telemetry.alarms import Alarms
 from carso.telemetry.metrics import Metrics
 from carso.telemetry.probes import PROBES, Lifecycle, Probes
@@ -64,7 +65,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CHECKED: dict[Checked, tuple[PathName, ...]] = {"robust": ("robust",), "all": ("fast", "robust"), "off": ()}
 _FORKED = 3  # exit status of a worker that cannot start; gunicorn then ends too
 
 DESCRIPTION = (
@@ -85,16 +85,17 @@ def create_app() -> ASGIApp:
     return build(Settings.read()).app
 
 
-def build(settings: Settings, whole: Whole | None = None) -> Service:
+def build(settings: Settings, whole: Whole | None = None, shared: socket.socket | None = None) -> Service:
     """Load and self-test the bundle, and build the application that serves it.
 
     Whatever can fail fails here, before a port is opened. `whole`: the service that this process is a worker of; None:
-    it is alone. Raises BundleError, DeviceError, SettingsError.
+    it is alone. `shared`: a connection to the engine of all workers; None: this process has its own. Raises
+    BundleError, DeviceError, SettingsError, EngineLost.
     """
     whole = whole or Whole()
     keys = _keys(settings, whole)
     tracing = _tracing(settings) if settings.tracing else None
-    key = _public_key(settings)
+    key = public_key(settings)
     bundle = Bundle.load(settings.bundle, key=key)
     manifest = bundle.manifest
     if manifest.samples > settings.max_samples:
@@ -108,38 +109,35 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             "of typical images. Add them with `carso-train typical`, or set it to mark"
         )
     recent = _recent(bundle, settings)
-    sessions = _sessions(bundle, settings)
-    provider, precision = sessions.provider, sessions.precision
-    log.info("votes are cast in %s: %s", precision.precision, precision.because)
-    if whole.workers > 1 and provider == CUDA:
-        raise SettingsError(
-            f"{settings.called('workers')}: {settings.workers} is not allowed on a GPU, which one process owns. Set it "
-            "to 1 and run a replica for each GPU, or set CARSO_DEVICE=cpu"
-        )
-    if settings.certify != "off" and sessions.unproven is not None:
-        raise SettingsError(
-            f"{settings.called('certify')}: {settings.certify} is not allowed here; it must be off: {sessions.unproven}"
-        )
+    runner: Remote | InThread
     shown = registries(whole) if isinstance(whole, Seat) else Registries.alone()
-    metrics = Metrics(
-        bundle,
-        device=settings.device,
-        provider=provider,
-        precision=precision.precision,
-        whole=whole,
-        registries=shown,
-    )
+
+    def counting(abilities: Abilities) -> Metrics:
+        _check_abilities(abilities, settings, whole, shared=shared is not None)
+        return Metrics(
+            bundle,
+            device=settings.device,
+            provider=abilities.provider,
+            precision=abilities.precision.precision,
+            whole=whole,
+            registries=shown,
+        )
+
+    if shared is not None:
+        runner = Remote(shared, share=1 / whole.workers)
+        abilities = runner.abilities
+        metrics = counting(abilities)
+    else:
+        from carso.inference.loading import pipeline_of  # loads ONNX Runtime
+
+        pipeline = pipeline_of(bundle, settings)
+        abilities = pipeline.sessions.abilities
+        metrics = counting(abilities)
+        runner = InThread(pipeline, observe=metrics.step)
+    provider, precision = abilities.provider, abilities.precision.precision
     alarms = Alarms(manifest, certify_eps=settings.certify_eps, whole=whole, registry=shown.shown)
     engine = Engine(
-        Pipeline(
-            sessions,
-            latent=manifest.latent,
-            classes=len(manifest.classes),
-            round_rows=settings.round_rows,
-            eps=None if manifest.typical is None else manifest.typical.eps,
-            typical_on=CHECKED[settings.typical],
-        ),
-        observe=metrics.step,
+        runner,
         queue_rows={"robust": settings.queue_rows, "fast": settings.fast_queue_rows},
         whole=whole,
     )
@@ -161,7 +159,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             lifecycle,
             pool,
             tracing,
-            served=served if whole.workers == 1 else None,
+            served=None if isinstance(whole, Seat) else served,
             grpc=lambda: grpc,
         ),
         docs_url=None,
@@ -203,7 +201,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             counted=shadowed,
             dropped=metrics.shadow_dropped,
         ).offer,
-        unproven=sessions.unproven,
+        unproven=abilities.unproven,
     )
     native = Native(
         classification,
@@ -212,7 +210,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         explained_options,
         of_fast,
         provider=provider,
-        precision=precision.precision,
+        precision=precision,
         max_images=settings.max_images,
         evidence=settings.evidence,
     )
@@ -225,7 +223,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         lifecycle=lifecycle,
         wait=lambda: engine.admission["robust"].wait,
         spec=manifest.input,
-        served={**served, "precision": precision.precision},
+        served={**served, "precision": precision},
         evidence=settings.evidence,
         tells_typical=tells_typical and "fast" in CHECKED[settings.typical],
         bounds=Bounds(
@@ -237,7 +235,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
         whole=whole,
     )
     Streams(answering, robust_options(StreamOptions, **of_robust)).add_to(app)
-    operations.add_to(app, probes, metrics, _info(settings, bundle, sessions, key, whole.workers))
+    operations.add_to(app, probes, metrics, _info(settings, bundle, abilities, key, whole.workers))
     models = [
         Model(
             path,
@@ -250,7 +248,7 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
             evidence=settings.evidence,
             tells_typical=tells_typical and path in CHECKED[settings.typical],
             tells_near=recent is not None,
-            proves=sessions.unproven is None,
+            proves=abilities.unproven is None,
             whole=whole,
         )
         for path in get_args(PathName)
@@ -305,17 +303,19 @@ def build(settings: Settings, whole: Whole | None = None) -> Service:
     )
 
 
-def _sessions(bundle: Bundle, settings: Settings) -> Sessions:
-    with ThreadPoolExecutor(1, initializer=give_way) as builder:  # ONNX Runtime's own threads inherit its priority
-        return builder.submit(
-            Sessions,
-            bundle,
-            device=settings.device,
-            precision=settings.precision,
-            threads=settings.threads,
-            spin=settings.spin,
-            cuda_graphs=settings.cuda_graphs,
-        ).result()
+def _check_abilities(abilities: Abilities, settings: Settings, whole: Whole, *, shared: bool) -> None:
+    """Raise SettingsError if the engine cannot do what the settings ask for."""
+    log.info("votes are cast in %s: %s", abilities.precision.precision, abilities.precision.because)
+    if whole.workers > 1 and abilities.provider == CUDA and not shared:
+        raise SettingsError(
+            f"{settings.called('engine')}: {settings.engine} is not allowed here with {whole.workers} workers, because "
+            "one process owns the GPU: set it to shared, or set CARSO_DEVICE=cpu"
+        )
+    if settings.certify != "off" and abilities.unproven is not None:
+        raise SettingsError(
+            f"{settings.called('certify')}: {settings.certify} is not allowed here; it must be off: "
+            f"{abilities.unproven}"
+        )
 
 
 def _recent(bundle: Bundle, settings: Settings) -> Recent | None:
@@ -433,15 +433,6 @@ def _grpc(
     )
 
 
-def _public_key(settings: Settings) -> PublicKey | None:
-    if settings.bundle_public_key is None:
-        return None
-    try:
-        return PublicKey.read(settings.bundle_public_key)
-    except UnusableKey as e:
-        raise SettingsError(f"{settings.called('bundle_public_key')}: {e}") from None
-
-
 def _reload(keys: ApiKeys | None) -> None:
     """Read the file of keys again. Requests in flight, which were let in, go on."""
     if keys is None:
@@ -466,21 +457,21 @@ def _tracing(settings: Settings) -> Tracing:
     return Tracing()
 
 
-def _info(settings: Settings, bundle: Bundle, sessions: Sessions, key: PublicKey | None, workers: int) -> Info:
+def _info(settings: Settings, bundle: Bundle, abilities: Abilities, key: PublicKey | None, workers: int) -> Info:
     return Info(
         version=__version__,
         bundle=bundle_info(bundle, signed_by=None if key is None else key.fingerprint),
         device=DeviceInfo(
             asked=settings.device,
-            provider=sessions.provider,
-            precision=sessions.precision.precision,
+            provider=abilities.provider,
+            precision=abilities.precision.precision,
             precision_asked=settings.precision,
-            precision_because=sessions.precision.because,
+            precision_because=abilities.precision.because,
         ),
         limits=Limits(**settings.model_dump(include=set(Limits.model_fields))),
         workers=workers,
         risk=settings.risk,
-        certifies=sessions.unproven is None,
-        certificate=CERTIFICATE if sessions.unproven is None else f"None can be given: {sessions.unproven}",
+        certifies=abilities.unproven is None,
+        certificate=CERTIFICATE if abilities.unproven is None else f"None can be given: {abilities.unproven}",
         media_types=MEDIA_TYPES,
     )

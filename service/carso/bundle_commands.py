@@ -92,8 +92,8 @@ def _reported(work: Callable[[], None]) -> None:
     """Do it; end with a line on standard error if it fails."""
     try:
         from carso.bundle import BundleError
+        from carso.inference.abilities import DeviceError
         from carso.inference.runtime import InstallationError
-        from carso.inference.sessions import DeviceError
         from carso.signing import UnusableKey
     except ModuleNotFoundError as e:
         _fail(f"this needs {e.name}, which is not installed: pip install 'carso[cpu]'")

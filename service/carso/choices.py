@@ -12,6 +12,7 @@ Precision = Literal["float32", "tf32", "int8"]  # of the votes
 PrecisionAsked = Literal["auto", "float32", "tf32", "int8"]
 Evidence = Literal["full", "label"]  # how much of an answer callers see
 Checked = Literal["robust", "all", "off"]  # on which paths images are compared with what the purifier knows
+CHECKED: dict[Checked, tuple[PathName, ...]] = {"robust": ("robust",), "all": ("fast", "robust"), "off": ()}
 Untypical = Literal["mark", "refuse"]  # what happens to an image that is not like that
 Duplicates = Literal["off", "mark", "refuse"]  # what happens to an image that is nearly one that its caller sent before
 Fit = Literal["pad", "stretch"]  # how an image of other proportions is made to fit
@@ -38,6 +39,7 @@ MAX_RISK = 0.5
 
 
 MAX_WORKERS = 64
+EngineShare = Literal["auto", "shared", "own"]  # whether all workers have one engine
 Workers = Annotated[int, Field(ge=1, le=MAX_WORKERS)] | Literal["auto"]
 
 

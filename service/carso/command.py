@@ -19,6 +19,7 @@ log = logging.getLogger("carso.command")  # however this file is run
 SERVING = (["serve"], ["demo"])
 BAD_SETTING = 2
 CANNOT_START = 1
+LOST_ENGINE = 75  # as carso.workers.supervisor has it
 BACKLOG = 128  # connections that wait while the service starts
 INSTALL = "pip install 'carso[cpu]', or pip install 'carso[gpu]' for NVIDIA GPUs"
 
@@ -101,7 +102,7 @@ def _start(options: dict[str, object], *, show_page: bool = False) -> None:
     from carso.inference.processors import usable_cpus
     from carso.inference.runtime import InstallationError, check_runtime
     from carso.settings import Settings, SettingsError
-    from carso.workers.placement import how_many, may_be_on_gpu
+    from carso.workers.placement import how_many, may_be_on_gpu, shares_engine
 
     worker = _worker()
     try:
@@ -111,15 +112,16 @@ def _start(options: dict[str, object], *, show_page: bool = False) -> None:
                 f"{settings.called('page')}: false is not allowed with `carso demo`, which shows the page"
             )
         check_runtime()
-        several = settings.workers != 1 and worker is None
-        count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=may_be_on_gpu(settings.device)) if several else 1
+        is_first = worker is None and (settings.workers != 1 or settings.engine == "shared")
+        on_gpu = is_first and may_be_on_gpu(settings.device)
+        count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=on_gpu) if is_first else 1
         if count > 1 and settings.grpc_port is not None:
             raise SettingsError(
                 f"{settings.called('grpc_port')}: {settings.grpc_port} is not allowed with {count} workers, because "
                 f"gRPC has one process: set {settings.called('workers')} to 1, or serve gRPC by replicas"
             )
-        if count > 1:
-            _supervise(settings, count)
+        if is_first and (count > 1 or settings.engine == "shared"):
+            _supervise(settings, count, shares_engine=shares_engine(settings.engine, on_gpu=on_gpu))
         else:
             _serve(settings, worker, show_page=show_page)
     except SettingsError as e:
@@ -145,14 +147,16 @@ def _serve(settings: Any, worker: Any, *, show_page: bool) -> None:
     from carso.bundle import BundleError
     from carso.http.listening import CannotListen, listen, urls
     from carso.http.serving import run
-    from carso.inference.sessions import DeviceError
+    from carso.inference.abilities import DeviceError
+    from carso.inference.remote import EngineLost
     from carso.telemetry import logs
 
     if worker is None:
         logs.configure(settings.log_level, settings.log_format)
         _warn_of_unknown_variables()
     else:
-        logs.configure(settings.log_level, settings.log_format, logs.Lines(worker.board.log_lock, worker.number))
+        number = None if worker.has_the_engine else worker.number
+        logs.configure(settings.log_level, settings.log_format, logs.Lines(worker.board.log_lock, number))
         settings = worker.settled(settings)
     try:
         if worker is None:
@@ -162,13 +166,20 @@ def _serve(settings: Any, worker: Any, *, show_page: bool) -> None:
                 listen(sockets, backlog=BACKLOG)  # so that a browser which is sooner waits
                 _show_page(f"{urls(sockets)[0]}{settings.root_path}/")
             run(service, settings, sockets, grpc_sockets=grpc_sockets)
+        elif worker.has_the_engine:
+            from carso.workers import shared
+
+            shared.run(settings, worker)
         else:
-            run(build(settings, worker.whole), settings, worker.sockets, worker)
+            run(build(settings, worker.whole, worker.engine), settings, worker.sockets, worker)
     except (BundleError, CannotListen, DeviceError) as e:
         _exit(e, CANNOT_START, worker)
+    except EngineLost as e:
+        log.warning("%s: this worker is started again", e)
+        sys.exit(LOST_ENGINE)
 
 
-def _supervise(settings: Any, workers: int) -> None:
+def _supervise(settings: Any, workers: int, *, shares_engine: bool) -> None:
     """Have several processes serve, and watch over them. Raises SettingsError."""
     from carso.board.seat import Board
     from carso.telemetry import logs
@@ -178,7 +189,7 @@ def _supervise(settings: Any, workers: int) -> None:
     logs.configure(settings.log_level, settings.log_format, logs.Lines(board.log_lock, None))
     _warn_of_unknown_variables()
     try:
-        Supervisor(board, settings, _bound(settings)).run()
+        Supervisor(board, settings, _bound(settings), shares_engine).run()
     except Ended as e:
         _exit(e, e.status)
 

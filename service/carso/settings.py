@@ -32,6 +32,7 @@ from carso.choices import (
     Checked,
     Device,
     Duplicates,
+    EngineShare,
     Evidence,
     PrecisionAsked,
     Risk,
@@ -159,8 +160,13 @@ class Settings(BaseModel):
     )
     workers: Workers = _inference(
         default=1,
-        description="Processes that serve at one port, each with its own engine on its share of the processors. "
-        "auto is one for each processor, and one on a GPU. More than one need the CPU. Each of them loads the bundle.",
+        description="Processes that serve at one port. auto is one for each processor, and one on a GPU. Each of them "
+        "loads the bundle.",
+    )
+    engine: EngineShare = _inference(
+        default="auto",
+        description="own gives each worker an engine, on its share of the processors. shared gives all workers one "
+        "engine, in a process of its own. auto is shared on a GPU, which belongs to one process, and own on the CPU.",
     )
     spin: bool = _inference(
         default=False,
@@ -396,10 +402,10 @@ class Settings(BaseModel):
                 f"{self.called('untypical')}: refuse is not allowed with {self.called('typical')} off: nothing "
                 "would be found to refuse"
             )
-        if self.device == "cuda" and self.workers not in (1, "auto"):
+        if self.device == "cuda" and self.engine == "own" and self.workers not in (1, "auto"):
             raise SettingsError(
-                f"{self.called('workers')}: {self.workers} is not allowed with {self.called('device')} cuda, because "
-                "one process owns the GPU: set it to 1, and run a replica for each GPU"
+                f"{self.called('engine')}: own is not allowed with {self.called('device')} cuda and "
+                f"{self.called('workers')} {self.workers}, because one process owns the GPU: set it to shared"
             )
         self._at_least("bodies_bytes", self.max_body_bytes, self.called("max_body_bytes"))
         return self

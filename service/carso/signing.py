@@ -29,6 +29,7 @@ from pydantic import BaseModel, BeforeValidator, Field, PlainSerializer, Validat
 
 from carso.bundle import SIGNATURE, Bundle, BundleError
 from carso.complaints import first_complaint
+from carso.settings import Settings, SettingsError
 
 PAYLOAD_TYPE: Final = "application/vnd.in-toto+json"
 MEDIA_TYPE: Final = "application/vnd.dev.sigstore.bundle.v0.3+json"
@@ -263,3 +264,13 @@ def _pae(payload: bytes) -> bytes:
 
 def _algorithm(key: EllipticCurvePublicKey) -> ECDSA:
     return ECDSA(HASHES[key.curve.name])
+
+
+def public_key(settings: Settings) -> PublicKey | None:
+    """Return the key that signatures of the bundle are checked with; None: they are not. Raises SettingsError."""
+    if settings.bundle_public_key is None:
+        return None
+    try:
+        return PublicKey.read(settings.bundle_public_key)
+    except UnusableKey as e:
+        raise SettingsError(f"{settings.called('bundle_public_key')}: {e}") from None

@@ -95,10 +95,11 @@ def _by_bundle(claimed: RobustResult, files: list[Path], folder: Path | None) ->
     """Count on this machine's processors. Yields what of COMPARED comes out, of each image."""
     from carso.bundle import Bundle, BundleError
     from carso.client.images import body_of
+    from carso.inference.abilities import DeviceError
     from carso.inference.jobs import Job, VotePlan
     from carso.inference.pipeline import Pipeline
     from carso.inference.runtime import InstallationError, check_runtime
-    from carso.inference.sessions import DeviceError, Sessions
+    from carso.inference.sessions import Sessions
     from carso.settings import REFERENCE_BUNDLE
 
     try:

@@ -17,9 +17,9 @@ import typer
 from carso import CarsoError, Client, Unavailable
 from carso.bundle import BOUNDS, EARLIER_BOUNDS, MANIFEST, Bundle, BundleError
 from carso.choices import DEFAULT_EPS, LEAST_EPS
+from carso.inference.abilities import DeviceError
 from carso.inference.duplicates import REMEMBERED
 from carso.inference.runtime import InstallationError, check_runtime
-from carso.inference.sessions import DeviceError
 from carso.samples import SAMPLES
 from carso.version import __version__
 from lightning_fabric import Fabric

@@ -116,6 +116,8 @@ class Recipe(BaseModel, frozen=True, extra="forbid", allow_inf_nan=False):
     # the weights are normalised to one
     foreseen: Annotated[dict[str, Annotated[float, Field(ge=0)]], AfterValidator(_foreseen)] = FORESEEN
     training_attack_steps: int = Field(default=10, gt=0)  # of iterative attacks, while the classifier is trained
+    # By how many pixels the robust training, the certified one and the hardening move each image at most, each way
+    shifts: int = Field(default=0, ge=0)
     robust_training: RobustTraining | None = None  # of the classifier; None: the published one, by the foreseen attacks
     certified_training: CertifiedTraining | None = None  # of the classifier, in place of either
     purification: Schedule

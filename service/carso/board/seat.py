@@ -47,24 +47,28 @@ class Lock(IntEnum):
 
 
 class Board:
-    """The board, as the supervisor sees it. Workers are numbered from 1."""
+    """The board, as the supervisor sees it. Workers are numbered from 1.
+
+    The last seat is for the process of an engine that all workers share. It is none of the `workers`.
+    """
 
     def __init__(self, memory: Memory) -> None:
         """Use a board that is there."""
         self.memory = memory
         self.workers = memory.integers[_Head.WORKERS]
-        self._cells_at = _HEAD_BYTES + self.workers * _SEAT_BYTES
+        self.engine = self.workers + 1
+        self._cells_at = _HEAD_BYTES + self.engine * _SEAT_BYTES
         series_at = self._cells_at + MOST_CELLS * _CELL_BYTES
         self.series = [
             Series(memory, start=series_at + worker * _SERIES_BYTES, size=_SERIES_BYTES, lock=Lock.NUMBERS)
-            for worker in range(self.workers)
+            for worker in range(self.engine)
         ]
         self._places: dict[bytes, int] = {}
 
     @classmethod
     def create(cls, *, workers: int, supervisor: int) -> Board:
         """Make a board. `supervisor`: the id of its process."""
-        size = _HEAD_BYTES + workers * (_SEAT_BYTES + _SERIES_BYTES) + MOST_CELLS * _CELL_BYTES
+        size = _HEAD_BYTES + (workers + 1) * (_SEAT_BYTES + _SERIES_BYTES) + MOST_CELLS * _CELL_BYTES
         memory = Memory.create(size)
         memory.integers[_Head.WORKERS] = workers
         memory.integers[_Head.SUPERVISOR] = supervisor
@@ -112,7 +116,7 @@ class Board:
 
     def processes(self) -> list[int]:
         """Return the ids of the processes of the service that are there."""
-        ids = [self._seat(worker, _PROCESS) for worker in range(1, self.workers + 1)]
+        ids = [self._seat(worker, _PROCESS) for worker in range(1, self.engine + 1)]
         return [self.memory.integers[_Head.SUPERVISOR], *filter(None, ids)]
 
     def beat(self, worker: int) -> None:
@@ -219,9 +223,7 @@ class Seat(Whole):
 
     def others(self, state: State) -> int:
         """As Whole."""
-        states = self.board.states()
-        del states[self.number - 1]
-        return states.count(state)
+        return sum(self.board.state(worker) == state for worker in range(1, self.workers + 1) if worker != self.number)
 
     def part(self, name: str) -> _SharedPart:
         """As Whole."""

@@ -96,6 +96,14 @@ class Admission:
         if self._recent_seconds >= MEASURED:
             self._pace.mine = self._recent_rows / self._recent_seconds
 
+    def settle_all(self, rows: int) -> None:
+        """Note, on the event loop, that a job which owed `rows` is over: for engines that do not settle theirs."""
+        self._settled.mine += rows
+
+    def tell_pace(self, pace: float) -> None:
+        """Take the pace, in rows per second, from an engine that measures it itself; 0: not measured yet."""
+        self._pace.mine = pace
+
     def begin(self) -> None:
         """Count a job that the engine has from now on."""
         self._jobs.mine += 1

@@ -1,31 +1,25 @@
-"""The engine: one thread that owns the sessions and runs the pipeline's steps, and the event loop's door to it."""
+"""The engine: the event loop's door to whatever runs the pipeline's steps, a thread or another process."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from queue import Empty, SimpleQueue
-from typing import Protocol, get_args
+from typing import NamedTuple, Protocol, get_args
 
 from carso.board.whole import Whole
 from carso.choices import PathName
 from carso.errors import RequestError
 from carso.inference.admission import Admission
-from carso.inference.jobs import FirstSeen, Job, Kinds, News, Result, Standing, Step, Ticket
-from carso.inference.processors import give_way
-
-log = logging.getLogger(__name__)
+from carso.inference.jobs import FirstSeen, Job, Kinds, News, Result, Standing, Ticket
 
 STOP_TIMEOUT = 2.0  # seconds; a step takes milliseconds
 
 
 class EngineError(Exception):
-    """The engine's thread failed or was stopped. This job was not finished, and none will be."""
+    """The engine failed or was stopped. This job was not finished, and none will be."""
 
 
 class EngineStopped(EngineError):  # noqa: N818  asked for, not a fault
@@ -36,74 +30,83 @@ class EngineDead(EngineError):  # noqa: N818  a state, told to those who come la
     """The engine failed before this job came, and takes no more."""
 
 
-class Steps(Protocol):
-    """What the engine runs: the methods of ``carso.inference.pipeline.Pipeline``."""
+class Report(NamedTuple):
+    """What a runner has done since its last report."""
+
+    news: Iterable[tuple[Ticket, News]]  # of the jobs that are followed
+    results: list[tuple[Ticket, Result]]
+
+
+class Runner(Protocol):
+    """Runs jobs, and never on the event loop itself: ``carso.inference.thread.InThread`` or
+    ``carso.inference.remote.Remote``.
+    """
+
+    progress: float  # when it last got on, or work last came to it while it was idle; clock of time.monotonic
 
     @property
     def busy(self) -> bool:
-        """Whether a step would do anything."""
+        """Whether it works, even if nobody waits for it any more, as far as this process knows."""
 
-    def admit(self, tickets: Iterable[Ticket]) -> None:
-        """Take on jobs."""
+    def start(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        admission: Mapping[PathName, Admission],
+        *,
+        report: Callable[[Report], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """Begin to take jobs. Call this on the event loop `loop`, where `report` and `failed` are called too. What is
+        done is settled in `admission`.
+        """
 
-    def first_passes(self) -> Step:
-        """Compute a batch of first passes."""
+    def give(self, tickets: list[Ticket]) -> None:
+        """Take on jobs, on the event loop."""
 
-    def round(self) -> Step:
-        """Cast one round of votes."""
+    def leave(self, ticket: Ticket) -> None:
+        """Note, on the event loop, that nobody waits for a job any more: it is done, or `cancelled`."""
+
+    async def stop(self, timeout: float) -> None:
+        """End after the step that it is in, or after `timeout` seconds without."""
 
 
 class Engine:
     """Runs jobs for one event loop. `admission` holds the work that each path owes."""
 
     def __init__(
-        self,
-        pipeline: Steps,
-        *,
-        observe: Callable[[Step], None] = lambda step: None,
-        queue_rows: Mapping[PathName, float] | None = None,
-        whole: Whole | None = None,
+        self, runner: Runner, *, queue_rows: Mapping[PathName, float] | None = None, whole: Whole | None = None
     ) -> None:
-        """`observe` is called with every step, on the engine's thread: keep it short. `queue_rows` are the rows that
-        each path of the `whole` may owe; None: any number, and this process is alone.
+        """`queue_rows` are the rows that each path of the `whole` may owe; None: any number, and this process is
+        alone.
         """
         limits = queue_rows or {}
         whole = whole or Whole()
         self.admission: dict[PathName, Admission] = {
             path: Admission(limits.get(path, math.inf), whole=whole, path=path) for path in get_args(PathName)
         }
-        self._pipeline = pipeline
-        self._observe = observe
+        self._runner = runner
         self._arriving: list[Ticket] = []  # in this turn of the event loop; handed over together at its end
-        self._arrivals: SimpleQueue[list[Ticket] | None] = SimpleQueue()  # None: stop
-        self._futures: dict[Ticket, asyncio.Future[Result]] = {}  # jobs in flight; touched by the event loop only
-        self._followers: dict[Ticket, Callable[[News], None]] = {}  # of those that are followed; likewise
-        self._finished: deque[tuple[Ticket, Result]] = deque()  # robust answers that wait for their turn; likewise
+        self._futures: dict[Ticket, asyncio.Future[Result]] = {}  # jobs in flight
+        self._followers: dict[Ticket, Callable[[News], None]] = {}  # of those that are followed
+        self._finished: deque[tuple[Ticket, Result]] = deque()  # robust answers that wait for their turn
         self._failure: BaseException | None = None
         self._stopped = False
-        self._busy = False  # the thread is in a step, or between two
-        self._progress = 0.0  # when a step last ended, or work last came to an idle engine; clock of time.monotonic
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._thread = threading.Thread(target=self._run, name="carso-engine", daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Call this from the event loop that will run jobs."""
+        """Start the runner. Call this from the event loop that will run jobs."""
         self._loop = asyncio.get_running_loop()
-        self._thread.start()
+        self._runner.start(self._loop, self.admission, report=self._take, failed=self._fail)
 
     async def stop(self, *, timeout: float = STOP_TIMEOUT) -> None:
-        """End the thread after the step it is in; jobs still in flight fail with EngineStopped.
+        """End the runner after the step it is in; jobs still in flight fail with EngineStopped.
 
-        A thread that is stuck in a step for longer than `timeout` seconds is left behind, so that the process can exit.
+        One that is stuck in a step for longer than `timeout` seconds is left behind, so that the process can exit.
         """
         self._stopped = True
-        if self._thread.ident is None:
-            return
-        self._arrivals.put(None)
-        await asyncio.to_thread(self._thread.join, timeout)
-        if self._thread.is_alive():
-            log.error("the engine has been in one step for %g s, and is left behind", timeout)
-        self.abandon()
+        if self._loop is not None:
+            await self._runner.stop(timeout)
+            self.abandon()
 
     def abandon(self) -> None:
         """Fail all jobs in flight with EngineStopped; their elections leave at the next round."""
@@ -111,12 +114,12 @@ class Engine:
 
     @property
     def alive(self) -> bool:
-        """Whether the engine takes jobs. Its thread ends by a failure or by `stop`."""
+        """Whether the engine takes jobs: until it fails, or is stopped."""
         return self._loop is not None and self._failure is None and not self._stopped
 
     def stalled(self, seconds: float) -> bool:
         """Whether there is work, even if nobody waits for it any more, and no step has ended for that long."""
-        return bool(self._busy or self._futures) and time.monotonic() - self._progress > seconds
+        return bool(self._runner.busy or self._futures) and time.monotonic() - self._runner.progress > seconds
 
     @property
     def in_flight(self) -> int:
@@ -137,8 +140,8 @@ class Engine:
             kind = EngineDead if self._failure else EngineStopped
             raise kind(f"the engine is not running: {self._failure or 'stopped'}")
         self.admission[job.path].admit(job.rows)
-        if not self._futures and not self._busy:
-            self._progress = time.monotonic()
+        if not self._futures and not self._runner.busy:
+            self._runner.progress = time.monotonic()
         ticket = Ticket(job, followed=() if follow is None else kinds)
         if follow is not None:
             self._followers[ticket] = follow
@@ -155,53 +158,20 @@ class Engine:
             self._futures.pop(ticket, None)
             self.admission[job.path].end()
             self._followers.pop(ticket, None)
+            self._runner.leave(ticket)
 
     def _hand_over(self) -> None:
-        self._arrivals.put(self._arriving)
+        self._runner.give(self._arriving)
         self._arriving = []
 
-    def _run(self) -> None:
-        try:
-            give_way()
-            while self._take_arrivals():
-                self._busy = True
-                for work in (self._pipeline.first_passes, self._pipeline.round):
-                    step = work()
-                    self._progress = time.monotonic()
-                    for path, admission in self.admission.items():
-                        admission.settle(step.settled.get(path, 0), seconds=step.seconds)
-                    self._observe(step)
-                    if step.news:
-                        self._call(self._tell, step.news)
-                    results = [(ticket, result) for ticket, result in step.finished if result is not None]
-                    if results:  # the fast path's answers leave before the round
-                        self._call(self._deliver, results)
-                self._busy = self._pipeline.busy
-        except BaseException as e:
-            self._failure = e
-            log.exception("the engine thread failed")
-            self._call(self._fail_all, EngineError(f"the engine thread failed: {e}"))
+    def _take(self, report: Report) -> None:
+        self._tell(report.news)
+        if report.results:
+            self._deliver(report.results)
 
-    def _take_arrivals(self) -> bool:
-        """Admit what has arrived, after waiting for it if there is nothing else to do. False: stop."""
-        arrivals: list[Ticket] = []
-        try:
-            while True:
-                idle = not self._pipeline.busy and not arrivals
-                tickets = self._arrivals.get(block=idle)
-                if tickets is None:
-                    return False
-                arrivals += tickets
-        except Empty:
-            self._pipeline.admit(arrivals)
-            return True
-
-    def _call(self, function: Callable[..., None], argument: object) -> None:
-        try:
-            if self._loop is not None:
-                self._loop.call_soon_threadsafe(function, argument)
-        except RuntimeError:  # the loop is closed: nobody is left to tell
-            log.warning("the event loop ended before the engine")
+    def _fail(self, failure: BaseException) -> None:
+        self._failure = failure
+        self._fail_all(EngineError(f"the engine failed: {failure}"))
 
     def _tell(self, news: Iterable[tuple[Ticket, News]]) -> None:
         for ticket, found in news:

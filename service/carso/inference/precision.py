@@ -2,21 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from carso.bundle import Recount
-from carso.choices import CPU, Precision, PrecisionAsked
+from carso.choices import CPU, PrecisionAsked
+from carso.inference.abilities import Choice
 from carso.inference.processors import multiplies_bytes
 
 WORSE = 0.5  # percent of the images: the most that int8 may cost, of clean and of attacked ones
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A precision of the votes, and the reason for it in words."""
-
-    precision: Precision
-    because: str
 
 
 def chosen(asked: PrecisionAsked, recounts: tuple[Recount, ...], *, provider: str) -> Choice:

@@ -18,8 +18,9 @@ import onnxruntime as ort
 
 from carso.bundle import BOUNDS, FIRST_PASS, SELF_TEST_EPS, VOTE, VOTE_INT8, Bundle, SelfTest
 from carso.choices import CPU, CUDA, PRECISIONS, Device, Precision, PrecisionAsked
+from carso.inference.abilities import Abilities, Choice, DeviceError
 from carso.inference.certificate import unproven
-from carso.inference.precision import Choice, chosen
+from carso.inference.precision import chosen
 from carso.inference.processors import usable_cpus
 
 log = logging.getLogger(__name__)
@@ -51,10 +52,6 @@ NO_GRAPH = "-1"
 # By default, a run computes every node of the graph, also those that no output which was asked for needs
 ONLY_WHAT_IS_ASKED_FOR = ort.RunOptions()
 ONLY_WHAT_IS_ASKED_FOR.only_execute_path_to_fetches = True
-
-
-class DeviceError(Exception):
-    """The device that was asked for is not available, or what runs on it gives wrong answers."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +154,11 @@ class Sessions:
                 f"the graphs of bundle {bundle.folder} do not run on {self.provider}: {e}. Export the bundle again, or "
                 "look at the device's memory and libraries."
             ) from e
+
+    @property
+    def abilities(self) -> Abilities:
+        """What an engine with these graphs can do."""
+        return Abilities(self.provider, self.precision, self.unproven)
 
     def first_pass(self, images: np.ndarray) -> FirstPass:
         """Run the first pass on `images` [B, *shape] float32 in the bundle's value range."""
@@ -269,7 +271,7 @@ class _Bound:
 
     binding: ort.IOBinding
     inputs: dict[str, ort.OrtValue]
-    options: ort.RunOptions | None
+    options: ort.RunOptions
 
 
 class _Batches:
@@ -322,10 +324,10 @@ class _Batches:
         # an id is for one combination of shapes and buffers; 0 is ONNX Runtime's own
         return _Bound(binding, inputs, self._options(str(len(self._bound) + 1)))
 
-    def _options(self, graph: str) -> ort.RunOptions | None:
+    def _options(self, graph: str) -> ort.RunOptions:
         """What a run is told: its CUDA graph, if there are any."""
         if not self._cuda_graphs:
-            return None
+            return ONLY_WHAT_IS_ASKED_FOR
         options = ort.RunOptions()
         options.add_run_config_entry(GRAPH_ID, graph)
         return options

@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from carso.choices import Device, Workers
+from carso.choices import Device, EngineShare, Workers
 from carso.inference.runtime import GPU_BUILD, installed
 
 MOST = 64  # workers that `auto` takes
@@ -31,6 +31,11 @@ def how_many(asked: Workers, *, cpus: int, on_gpu: bool) -> int:
     if asked != "auto":
         return asked
     return 1 if on_gpu else min(cpus, MOST)
+
+
+def shares_engine(asked: EngineShare, *, on_gpu: bool) -> bool:
+    """Tell whether all workers have one engine. `auto`: on a GPU, which belongs to one process."""
+    return asked == "shared" or (asked == "auto" and on_gpu)
 
 
 def may_be_on_gpu(device: Device) -> bool:

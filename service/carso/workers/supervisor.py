@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -32,6 +33,7 @@ from carso.workers.worker import VARIABLE
 log = logging.getLogger(__name__)
 
 CANNOT_START = 1
+LOST_ENGINE = 75  # exit status of a worker that had no engine to begin with (EX_TEMPFAIL of sysexits.h)
 STARTS = 3  # that fail one after the other before the whole service ends
 PAUSE = 1.0  # seconds before a start is tried again, times how many have failed
 LOOK = 1.0  # seconds between two looks at the workers
@@ -80,12 +82,18 @@ class _Process:
 
 @dataclass
 class Supervisor:
-    """Runs the workers of one service."""
+    """Runs the workers of one service.
+
+    Where they share an engine, its process starts first and ends last. If it ends otherwise, so do the workers, by
+    themselves, and all are replaced.
+    """
 
     board: Board
     settings: Settings
     sockets: list[socket.socket]  # bound; the first worker that is ready listens
+    shares_engine: bool = False
     _running: dict[int, _Process] = field(default_factory=dict)  # by the worker's number
+    _waiting: set[int] = field(default_factory=set)  # workers, for an engine
     _due: dict[int, float] = field(default_factory=dict)  # when a start is tried again, by the worker's number
     _failed: int = 0  # starts, one after the other
     _was_ready: set[int] = field(default_factory=set)
@@ -105,9 +113,11 @@ class Supervisor:
         with selectors.DefaultSelector() as selector, awake, wake:
             self._selector = selector
             selector.register(awake, selectors.EVENT_READ)
+            if self.shares_engine:
+                self._start(self.board.engine)
             for worker in range(1, self.board.workers + 1):
                 self._start(worker)
-            while self._running or self._due:
+            while self._running or self._due or self._waiting:
                 for key, _ in selector.select(self._pause()):
                     if key.fileobj is awake:
                         awake.recv(65536)
@@ -135,22 +145,31 @@ class Supervisor:
                 self._stop()
 
     def _start(self, worker: int) -> None:
+        """Start a worker, or let it wait until there is the engine that it needs."""
         self._due.pop(worker, None)
-        ours, theirs = socket.socketpair()
-        with theirs:
+        has_engine, sockets, inherited = worker == self.board.engine, self.sockets, list[int]()
+        given: dict[str, Any] = {"number": worker, "board": self.board.memory.descriptor}
+        with ExitStack() as stack:
+            if has_engine:
+                sockets = []
+            elif self.shares_engine:
+                engine = self._running.get(self.board.engine)
+                if engine is None or engine.served is None:
+                    self._waiting.add(worker)
+                    return
+                given["engine"] = stack.enter_context(self._connected(engine)).fileno()
+                inherited.append(given["engine"])
+            ours, theirs = socket.socketpair()
+            stack.enter_context(theirs)
             ours.setblocking(False)
-            given: dict[str, Any] = {
-                "number": worker,
-                "board": self.board.memory.descriptor,
-                "channel": theirs.fileno(),
-                "sockets": [each.fileno() for each in self.sockets],
-            }
+            given |= {"channel": theirs.fileno(), "sockets": [each.fileno() for each in sockets]}
+            inherited += [given["board"], given["channel"], *given["sockets"]]
             self.board.set_state(worker, State.LOADING)
             try:
                 running = subprocess.Popen(  # noqa: S603  our own command again
                     [sys.executable, *sys.orig_argv[1:]],
                     env=os.environ | {VARIABLE: json.dumps(given)},
-                    pass_fds=[self.board.memory.descriptor, theirs.fileno(), *given["sockets"]],
+                    pass_fds=inherited,
                     process_group=0,  # so that Ctrl-C reaches the workers once, from here
                 )
             except OSError as e:  # no process or no memory is left
@@ -161,9 +180,19 @@ class Supervisor:
         self._running[worker] = _Process(running, ours)
         self._selector.register(ours, selectors.EVENT_READ)
 
+    def _connected(self, engine: _Process) -> socket.socket:
+        """Return one end of a new connection to the process of the engine, which gets the other."""
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
+                socket.send_fds(engine.channel, [b"+"], [theirs.fileno()])
+            except OSError as e:  # it has just ended, which the worker will notice
+                log.debug("the engine takes no connection: %s", e)
+        return ours
+
     def _listen(self) -> None:
         """Take note of what the workers tell."""
-        for worker, process in self._running.items():
+        for worker, process in list(self._running.items()):
             waiting = process.served is None
             process.listen()
             if waiting and process.served is not None:
@@ -171,6 +200,12 @@ class Supervisor:
 
     def _is_ready(self, worker: int, served: dict[str, Any]) -> None:
         self._failed = 0
+        if worker == self.board.engine:
+            log.info("the engine is ready", extra={"fields": served})
+            waiting, self._waiting = sorted(self._waiting), set()
+            for each in waiting:
+                self._start(each)
+            return
         if not self._was_ready:
             log.info("listening", extra={"fields": {"addresses": self._addresses}})
         everybody = self.board.workers
@@ -204,12 +239,16 @@ class Supervisor:
         if self._stopping:
             return
         how = _how(ended.running.returncode)
+        name = "the engine" if worker == self.board.engine else f"worker {worker}"
         if ended.served is not None:
-            log.warning("worker %d %s: another takes its place", worker, how)
+            log.warning("%s %s: another takes its place", name, how)
             self._start(worker)
             return
+        if ended.running.returncode == LOST_ENGINE:
+            self._due[worker] = time.monotonic() + PAUSE
+            return
         if ended.refused is None:
-            reason, status = f"worker {worker} {how} before it was ready; its log may say why", CANNOT_START
+            reason, status = f"{name} {how} before it was ready; its log may say why", CANNOT_START
         else:
             reason, status = ended.refused, ended.running.returncode
         # What the first worker says of a bundle or a setting, the others would say too, and again.
@@ -234,23 +273,27 @@ class Supervisor:
         self._kill_at = min(self._kill_at, now + delay + settings.drain_timeout_s + GRACE)
         self.board.drain()
         self._due.clear()
+        self._waiting.clear()
         for each in self.sockets:  # the workers have theirs, and close them in their time
             each.close()
-        for process in self._running.values():
-            process.signal(signal.SIGTERM)
+        for worker, process in self._running.items():
+            if worker != self.board.engine:
+                process.signal(signal.SIGTERM)
 
     def _look(self) -> None:
-        """Start what is due, and kill what stands still."""
+        """Start what is due, end an engine that nobody uses any more, and kill what stands still."""
         now = time.monotonic()
         for worker, due in list(self._due.items()):
             if now >= due:
                 self._start(worker)
+        if self._stopping and [*self._running] == [self.board.engine]:
+            self._running[self.board.engine].signal(signal.SIGTERM)
         overdue = now >= self._kill_at
         if overdue:
             self._kill_at = math.inf
         for worker, process in self._running.items():
             if overdue:
-                log.error("worker %d did not stop in time, and is killed", worker)
+                log.error("process %d did not stop in time, and is killed", process.running.pid)
                 process.signal(signal.SIGKILL)
             elif process.served is not None and not self._stopping:
                 silence = self.board.silence(worker)
@@ -260,7 +303,8 @@ class Supervisor:
                     process.silent_since = min(process.silent_since, now)
                 if now - process.silent_since >= PROOF:
                     process.silent_since = math.inf
-                    log.error("the event loop of worker %d has stood still for %.0f s: it is killed", worker, silence)
+                    which = "the engine" if worker == self.board.engine else f"worker {worker}"
+                    log.error("the event loop of %s has stood still for %.0f s: it is killed", which, silence)
                     process.signal(signal.SIGKILL)
 
     def _pause(self) -> float:

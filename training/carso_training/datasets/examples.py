@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -25,6 +26,22 @@ class Examples:
     def pixels(self, rows: slice | Tensor = slice(None)) -> Tensor:
         """Return the images at `rows` as float32 in [0, 1], in memory of their own."""
         return self.images[rows].float().div_(255.0)
+
+    def moved(self, rows: Tensor, *, by: int, generator: torch.Generator) -> Tensor:
+        """Return the images at `rows` as `pixels` does, each moved by up to `by` whole pixels along both axes.
+
+        What is moved in is 0, and what is moved out is lost. All moves are equally likely. Without any (`by` = 0),
+        nothing is drawn.
+        """
+        images = self.pixels(rows)
+        if not by:
+            return images
+        count, _, height, width = images.shape
+        down, right = torch.randint(2 * by + 1, (2, count, 1), generator=generator, device=images.device)
+        image = torch.arange(count, device=images.device).view(-1, 1, 1)
+        row = (down + torch.arange(height, device=images.device)).unsqueeze(2)
+        column = (right + torch.arange(width, device=images.device)).unsqueeze(1)
+        return F.pad(images, (by,) * 4)[image, :, row, column].permute(0, 3, 1, 2).contiguous()
 
     def to(self, device: torch.device) -> Examples:
         """Return the same examples on another device."""

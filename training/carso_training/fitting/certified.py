@@ -42,7 +42,7 @@ def train_certified(fabric: Fabric, recipe: Recipe, *, train: Examples, held_out
     begin(network)
 
     def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
-        images, labels = train.pixels(rows), train.labels[rows]
+        images, labels = train.moved(rows, by=recipe.shifts, generator=generator), train.labels[rows]
         risen = risen_at(done, rise=certified.rise)
         eps = torch.full((len(images),), certified.eps * risen, device=images.device)
         scores = model(images)

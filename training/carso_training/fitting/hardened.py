@@ -83,7 +83,7 @@ def harden(
     bf16 = recipe.purification_bf16 and multiplies_bf16(fabric.device)
 
     def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
-        images, labels = train.pixels(rows), train.labels[rows]
+        images, labels = train.moved(rows, by=recipe.shifts, generator=generator), train.labels[rows]
         count, also = len(images), min(hardening.first_pass_images, len(images))
         # not `model`: a distributed wrapper would wait for gradients
         system = network.system().to(torch.bfloat16 if bf16 else torch.float32)

@@ -42,7 +42,7 @@ def train_robust(fabric: Fabric, recipe: Recipe, *, train: Examples, held_out: E
     dtype = torch.bfloat16 if bf16 else torch.float32
 
     def batch_loss(model: nn.Module, rows: Tensor, generator: torch.Generator, done: float) -> dict[str, Tensor]:
-        images, labels = train.pixels(rows), train.labels[rows]
+        images, labels = train.moved(rows, by=recipe.shifts, generator=generator), train.labels[rows]
         # not `model`: a distributed wrapper would wait for gradients
         attacked_network = deepcopy(network).eval().requires_grad_(False).to(dtype)
         risen = risen_at(done, rise=robust.rise)

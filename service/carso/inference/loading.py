@@ -1,0 +1,35 @@
+"""From a bundle and the settings to a pipeline. Where workers share an engine, only its process imports this."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from carso.bundle import Bundle
+from carso.choices import CHECKED
+from carso.inference.pipeline import Pipeline
+from carso.inference.processors import give_way
+from carso.inference.sessions import Sessions
+from carso.settings import Settings
+
+
+def pipeline_of(bundle: Bundle, settings: Settings) -> Pipeline:
+    """Load the graphs of a bundle, and self-test them. Raises DeviceError."""
+    manifest = bundle.manifest
+    with ThreadPoolExecutor(1, initializer=give_way) as builder:  # ONNX Runtime's own threads inherit its priority
+        sessions = builder.submit(
+            Sessions,
+            bundle,
+            device=settings.device,
+            precision=settings.precision,
+            threads=settings.threads,
+            spin=settings.spin,
+            cuda_graphs=settings.cuda_graphs,
+        ).result()
+    return Pipeline(
+        sessions,
+        latent=manifest.latent,
+        classes=len(manifest.classes),
+        round_rows=settings.round_rows,
+        eps=None if manifest.typical is None else manifest.typical.eps,
+        typical_on=CHECKED[settings.typical],
+    )

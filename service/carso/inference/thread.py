@@ -1,0 +1,116 @@
+"""The thread that owns the sessions and runs the pipeline's steps."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterable, Mapping
+from queue import Empty, SimpleQueue
+from typing import Protocol, TypeVar
+
+from carso.choices import PathName
+from carso.inference.admission import Admission
+from carso.inference.engine import Report
+from carso.inference.jobs import Step, Ticket
+from carso.inference.processors import give_way
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class Steps(Protocol):
+    """What the thread runs: the methods of ``carso.inference.pipeline.Pipeline``."""
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step would do anything."""
+
+    def admit(self, tickets: Iterable[Ticket]) -> None:
+        """Take on jobs."""
+
+    def first_passes(self) -> Step:
+        """Compute a batch of first passes."""
+
+    def round(self) -> Step:
+        """Cast one round of votes."""
+
+
+class InThread:
+    """Runs the steps of a pipeline in a thread of this process: a Runner, as ``carso.inference.engine`` has it."""
+
+    def __init__(self, pipeline: Steps, *, observe: Callable[[Step], None] = lambda step: None) -> None:
+        """`observe` is called with every step, on the thread: keep it short."""
+        self.progress = 0.0
+        self.busy = False  # the thread is in a step, or between two
+        self._pipeline = pipeline
+        self._observe = observe
+        self._arrivals: SimpleQueue[list[Ticket] | None] = SimpleQueue()  # None: stop
+        self._thread = threading.Thread(target=self._run, name="carso-engine", daemon=True)
+
+    def start(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        admission: Mapping[PathName, Admission],
+        *,
+        report: Callable[[Report], None],
+        failed: Callable[[BaseException], None],
+    ) -> None:
+        """As Runner."""
+        self._loop, self._admission, self._report, self._failed = loop, admission, report, failed
+        self._thread.start()
+
+    def give(self, tickets: list[Ticket]) -> None:
+        """As Runner."""
+        self._arrivals.put(tickets)
+
+    def leave(self, ticket: Ticket) -> None:
+        """As Runner: the thread sees for itself that a ticket is cancelled."""
+
+    async def stop(self, timeout: float) -> None:
+        """As Runner."""
+        self._arrivals.put(None)
+        await asyncio.to_thread(self._thread.join, timeout)
+        if self._thread.is_alive():
+            log.error("the engine has been in one step for %g s, and is left behind", timeout)
+
+    def _run(self) -> None:
+        try:
+            give_way()
+            while self._take_arrivals():
+                self.busy = True
+                for work in (self._pipeline.first_passes, self._pipeline.round):
+                    step = work()
+                    self.progress = time.monotonic()
+                    for path, admission in self._admission.items():
+                        admission.settle(step.settled.get(path, 0), seconds=step.seconds)
+                    self._observe(step)
+                    results = [(ticket, result) for ticket, result in step.finished if result is not None]
+                    if results or step.news:  # the fast path's answers leave before the round
+                        self._call(self._report, Report(step.news, results))
+                self.busy = self._pipeline.busy
+        except BaseException as e:
+            log.exception("the engine thread failed")
+            self._call(self._failed, e)
+
+    def _take_arrivals(self) -> bool:
+        """Admit what has arrived, after waiting for it if there is nothing else to do. False: stop."""
+        arrivals: list[Ticket] = []
+        try:
+            while True:
+                idle = not self._pipeline.busy and not arrivals
+                tickets = self._arrivals.get(block=idle)
+                if tickets is None:
+                    return False
+                arrivals += tickets
+        except Empty:
+            self._pipeline.admit(arrivals)
+            return True
+
+    def _call(self, function: Callable[[T], None], argument: T) -> None:
+        try:
+            self._loop.call_soon_threadsafe(function, argument)
+        except RuntimeError:  # the loop is closed: nobody is left to tell
+            log.warning("the event loop ended before the engine")
