@@ -14,7 +14,7 @@ import re
 import select
 import socket
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import cycle
@@ -22,6 +22,7 @@ from itertools import cycle
 import numpy as np
 
 DRAIN = 10.0  # seconds to wait for answers after the last request
+_LAST_CHUNK = b"\r\n0\r\n\r\n"
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
 
 
@@ -44,6 +45,9 @@ class Measured:
     latencies: list[float] = field(default_factory=list)  # seconds; of all answers, late ones too
     lateness: list[float] = field(default_factory=list)  # open loop: seconds by which the generator itself was late
     failures: int = 0  # answers other than 200, lost connections, and what was unanswered at the end of the drain
+    statuses: Counter[int] = field(default_factory=Counter)  # of all answers
+    lost: int = 0  # connections that ended before the answer
+    unanswered: int = 0  # at the end of the drain
     bodies: list[bytes] = field(default_factory=list)
 
     @property
@@ -78,14 +82,17 @@ class _Connection:
         self.socket.sendall(data)
 
     def answer(self) -> tuple[int, bytes] | None:
-        """Status and body, once the whole answer is there. Raises ConnectionError."""
+        """Status and body, with the sizes of its chunks, once the whole answer is there. Raises ConnectionError."""
         part = self.socket.recv(2**18)
         if not part:
             raise ConnectionError
         self._received += part
         head = self._received.find(b"\r\n\r\n")
         length = _LENGTH.search(self._received, 0, head + 2) if head >= 0 else None
-        if length is None or len(self._received) < head + 4 + int(length[1]):
+        if length is None:  # chunked, or not whole yet
+            if not self._received.endswith(_LAST_CHUNK):
+                return None
+        elif len(self._received) < head + 4 + int(length[1]):
             return None
         status, body = int(self._received[9:12]), self._received[head + 4 :]
         self._received = b""
@@ -135,7 +142,8 @@ class _Drive:
                     self._receive(*self._by_fd[fd])
         for group in self._groups:
             unanswered = [c for g, c in self._by_fd.values() if g is group and c.due is not None]
-            group.measured.failures += len(unanswered) + len(group.waiting)
+            group.measured.unanswered = len(unanswered) + len(group.waiting)
+            group.measured.failures += group.measured.unanswered
         self._close()
         return [group.measured for group in self._groups]
 
@@ -186,6 +194,7 @@ class _Drive:
         due, connection.due = connection.due, None
         group.idle.append(connection)
         if due is not None and due >= self._counted_from:
+            group.measured.statuses[status] += 1
             if status != 200:
                 group.measured.failures += 1
             else:
@@ -208,6 +217,7 @@ class _Drive:
             group.idle.remove(connection)
             return
         group.measured.failures += 1
+        group.measured.lost += 1
         if group.load.rate is None and time.perf_counter() < self._end:
             self._send(group, time.perf_counter())
 

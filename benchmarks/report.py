@@ -25,7 +25,7 @@ REFERENCE = REFERENCE_BUNDLE
 
 LIBRARIES = (
     *("carso", "numpy", "onnxruntime-gpu", "onnxruntime", "torch", "fastapi", "starlette", "uvicorn", "uvloop"),
-    *("httptools", "pillow", "pydantic", "litserve"),
+    *("httptools", "pillow", "pydantic"),
 )
 
 WIDTH = 150  # of tables that go to a file or a pipe

@@ -65,7 +65,6 @@ class Server:
             return {name: float(value) for name, value in _SAMPLE.findall(answer.read().decode())}
 
 
-@contextmanager
 def running(
     module: str,
     *arguments: str,
@@ -73,23 +72,42 @@ def running(
     environment: Mapping[str, str] | None = None,
     port: int | None = None,
     written: Path | None = None,
-) -> Iterator[Server]:
-    """Run `python -m module` in a process group of its own, from the first 200 of `ready` to the end of the block.
+) -> AbstractContextManager[Server]:
+    """Run `python -m module` as `started` does, with this process's environment beside the one given."""
+    inherited = {name: value for name, value in os.environ.items() if name != "CARSO_DATA"}  # which is for benchmarks
+    return started(
+        [sys.executable, "-m", module, *arguments],
+        ready=ready,
+        environment=inherited | dict(environment or {}),
+        port=port,
+        written=written,
+    )
 
-    "{port}" in arguments and environment becomes `port`, which is a free one if none is given. What the process writes
-    is appended to the file `written`. The group ends with this process too, however that ends. Raises ServerError.
+
+@contextmanager
+def started(
+    command: Sequence[str],
+    *,
+    ready: str,
+    environment: Mapping[str, str],
+    port: int | None = None,
+    written: Path | None = None,
+    folder: Path | None = None,
+) -> Iterator[Server]:
+    """Run a command in a process group of its own, from the first 200 of `ready` to the end of the block.
+
+    `port` is a free one if none is given. "{port}" in `command` becomes it, and so does a value of `environment` that
+    is "{port}". What the process writes is appended to the file `written`. `folder`: where it runs, if not here. The
+    group ends with this process too, however that ends. Raises ServerError.
     """
     port = free_port() if port is None else port
-    command = [sys.executable, "-m", module, *(argument.format(port=port) for argument in arguments)]
-    inherited = {name: value for name, value in os.environ.items() if name != "CARSO_DATA"}  # which is for benchmarks
-    given = {name: value.format(port=port) for name, value in (environment or {}).items()}
+    filled = [part.format(port=port) for part in command]
+    given = {name: value.format(port=port) if value == "{port}" else value for name, value in environment.items()}
     with written.open("ab+") if written else tempfile.TemporaryFile() as output:
-        process = subprocess.Popen(
-            command, env={**inherited, **given}, stdout=output, stderr=output, start_new_session=True
-        )
+        process = subprocess.Popen(filled, env=given, stdout=output, stderr=output, start_new_session=True, cwd=folder)
         with _watch(process.pid) as watcher:
             try:
-                _wait(f"http://127.0.0.1:{port}{ready}", process, command)
+                _wait(f"http://127.0.0.1:{port}{ready}", process, filled)
                 yield Server(port, process.pid)
             except ServerError as e:
                 output.seek(0)
@@ -142,7 +160,11 @@ def _stop(process: subprocess.Popen[bytes]) -> None:
 def _descendants(pid: int) -> list[int]:
     found: list[int] = []
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, children.read_text().split()):
+        try:
+            read = children.read_text()
+        except OSError:  # the thread has just ended
+            continue
+        for child in map(int, read.split()):
             found += [child, *_descendants(child)]
     return found
 
