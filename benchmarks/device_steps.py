@@ -23,7 +23,9 @@ import numpy as np
 from carso.bundle import Bundle
 from carso.choices import CPU, CUDA, PRECISIONS, Precision
 from carso.inference.jobs import Job, VotePlan
+from carso.inference.latents import DRAWERS
 from carso.inference.pipeline import Pipeline
+from carso.inference.processors import usable_cpus
 from carso.inference.sessions import Sessions
 from carso.settings import Settings
 
@@ -214,6 +216,7 @@ def pipeline(rig: Rig, *, way: Way) -> Figures:
         classes=len(manifest.classes),
         round_rows=rig.round_rows,
         eps=manifest.typical and manifest.typical.eps,
+        draw_threads=min(DRAWERS, usable_cpus()) if rig.device == "cuda" else 1,
     )
     found: Figures = {}
     for risk in RISKS:

@@ -24,7 +24,7 @@ from benchmarks.device_steps import Figures, Rig, StepError, steps
 from benchmarks.memory import nvidia_smi
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
 
-STEP_SECONDS = 45.0  # that a step may take, so that one that hangs leaves time for the others
+STEP_SECONDS = 60.0  # that a step may take, so that one that hangs leaves time for the others
 LAST_LINES = 12  # of a failed step's output that are kept
 
 

@@ -79,6 +79,7 @@ def rig() -> Rig:
     )
 
 
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_of_the_benchmark_of_a_gpu_can_be_rehearsed_on_the_cpu(rig, name):
     figures = steps(rig)[name](rig)

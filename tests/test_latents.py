@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
+
 import numpy as np
+import pytest
 from carso.choices import MAX_SEED
 from carso.inference import latents
-from carso.inference.latents import Stream, Streams
+from carso.inference.latents import SHARED, Stream, Streams, sharing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,3 +57,53 @@ def test_no_more_streams_are_kept_than_one_round_may_need(monkeypatch):
     for stream in ended:
         streams.end(stream)
     assert [streams.begin(0) in ended for _ in range(3)] == [True, True, False]
+
+
+SIZES = {
+    "many small ones": [12] * 100,
+    "few large ones": [512, 512, 512],
+    "one that has them all": [2000],
+    "one large among small ones": [4, 4, 1500, 4],
+    "fewer than threads share out": [SHARED - 1],
+    "nothing": [],
+}
+
+
+@pytest.mark.parametrize("threads", [2, 5])
+@pytest.mark.parametrize("name", SIZES)
+def test_a_seeds_latents_do_not_depend_on_how_many_threads_draw_them(threads, name):
+    share_out = sharing(threads)
+    streams = [Stream(seed) for seed in range(len(SIZES[name]))]
+    for round_ in range(2):  # streams go on where they were
+        parts = [
+            (stream, np.empty((size, LATENT), np.float32)) for stream, size in zip(streams, SIZES[name], strict=True)
+        ]
+        share_out(parts)
+        for seed, (_, found) in enumerate(parts):
+            size = len(found)
+            np.testing.assert_array_equal(found, by_definition(seed, 2 * size)[round_ * size : (round_ + 1) * size])
+
+
+def test_a_large_round_is_drawn_by_several_threads_and_a_small_one_by_none_but_its_own():
+    drew: set[threading.Thread] = set()
+
+    class Told(Stream):
+        def draw(self, out):
+            drew.add(threading.current_thread())
+            super().draw(out)
+
+    share_out = sharing(3)
+    share_out([(Told(seed), np.empty((1, LATENT), np.float32)) for seed in range(3)])
+    assert drew == {threading.current_thread()}
+    share_out([(Told(seed), np.empty((SHARED, LATENT), np.float32)) for seed in range(3)])
+    assert len(drew) > 1
+
+
+def test_what_goes_wrong_in_a_thread_that_draws_is_raised_where_the_latents_are_wanted():
+    class Broken(Stream):
+        def draw(self, out):
+            raise RuntimeError("broken")
+
+    parts = [(kind(seed), np.empty((SHARED, LATENT), np.float32)) for seed, kind in enumerate((Stream, Broken))]
+    with pytest.raises(RuntimeError, match="broken"):
+        sharing(2)(parts)

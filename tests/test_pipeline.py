@@ -555,3 +555,12 @@ def test_all_that_a_job_owes_is_settled_once_however_it_leaves(sessions, samples
     assert sum((Counter(step.settled) for step in steps), Counter()) == {"robust": job.rows, "fast": fast.rows}
     voted = sum(step.rows for step in steps)
     assert sum(sum(step.spared.values()) for step in steps) == len(IMAGES) * samples - voted
+
+
+def test_the_answer_to_a_seed_does_not_depend_on_how_many_threads_draw_its_latents(sessions):
+    images = random_images(40)
+    found = [
+        pipeline_of(sessions, round_rows=4096, draw_threads=threads).classify(images, plan(risk=0))
+        for threads in (1, 3)
+    ]
+    assert found[0] == found[1]

@@ -5,9 +5,10 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 
 from carso.bundle import Bundle
-from carso.choices import CHECKED
+from carso.choices import CHECKED, CUDA
+from carso.inference.latents import DRAWERS
 from carso.inference.pipeline import Pipeline
-from carso.inference.processors import give_way
+from carso.inference.processors import give_way, usable_cpus
 from carso.inference.sessions import Sessions
 from carso.settings import Settings
 
@@ -32,4 +33,5 @@ def pipeline_of(bundle: Bundle, settings: Settings) -> Pipeline:
         round_rows=settings.round_rows,
         eps=None if manifest.typical is None else manifest.typical.eps,
         typical_on=CHECKED[settings.typical],
+        draw_threads=min(DRAWERS, usable_cpus()) if sessions.provider == CUDA else 1,
     )

@@ -41,7 +41,7 @@ from carso.inference.jobs import (
     Typicality,
     VotePlan,
 )
-from carso.inference.latents import Stream, Streams
+from carso.inference.latents import Part, Stream, Streams, sharing
 from carso.inference.sessions import FirstPass, Sessions
 from carso.inference.typical import typicalities
 from carso.inference.vote import SMALLEST_BALLOT, StoppingRule
@@ -66,11 +66,13 @@ class Pipeline:
         round_rows: int,
         eps: float | None = None,
         typical_on: Collection[PathName] = frozenset(("robust",)),
+        draw_threads: int = 1,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`round_rows`: the most votes of one round, or one ballot if that is larger; also the most images of one first
         pass. `eps`: that of ``carso.inference.typical``, whose figures jobs get that take a path in `typical_on`; None:
-        no job does. Each costs one purified row for an image. `clock` tells the time that deadlines are compared with,
+        no job does. Each costs one purified row for an image. `draw_threads` draw the latents of a round: one is enough
+        where the votes take longer than their latents. `clock` tells the time that deadlines are compared with,
         in seconds.
         """
         self.sessions = sessions
@@ -83,6 +85,7 @@ class Pipeline:
         # of samples and risk; bounded, because callers choose both
         self._rule = lru_cache(maxsize=128)(partial(StoppingRule, classes=classes))
         self._streams = Streams()
+        self._share_out = sharing(draw_threads) if draw_threads > 1 else None
         self._waiting: dict[PathName, deque[Ticket]] = {"fast": deque(), "robust": deque()}  # for their first pass
         self._open: deque[Election] = deque()
         self._voting: set[Progress] = set()  # jobs with open elections
@@ -405,12 +408,18 @@ class Pipeline:
         eps = self._eps if "robust" in self._typical_on else None
         new = [] if eps is None else [index for index, election in enumerate(elections) if not election.cast]
         latents = np.zeros((len(code_index) + len(new), self.latent), np.float32)  # 0 for the purified images
+        shared: list[Part] = []
         start = 0
         for election, size in zip(elections, sizes, strict=True):
             if election.latents is None:
                 election.latents = self._streams.begin(election.seed)
-            election.latents.draw(out=latents[start : start + size])
+            if self._share_out is None:
+                election.latents.draw(out=latents[start : start + size])
+            else:
+                shared.append((election.latents, latents[start : start + size]))
             start += size
+        if self._share_out is not None:
+            self._share_out(shared)
         codes = np.concatenate([election.code for election in elections])
         if eps is None or not new:
             return self.sessions.vote(codes, code_index, latents)
