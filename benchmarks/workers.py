@@ -1,4 +1,5 @@
-"""One worker with all processors, against several with a share each: python -m benchmarks.workers
+"""One worker with all processors, against several with a share each, and against one engine for all of them:
+python -m benchmarks.workers
 
 Services with different numbers of workers run side by side, and get the same load one after the other. A ratio to one
 worker is taken within one repetition, and its median over repetitions is shown. `auto` in carso.workers.placement is to
@@ -9,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -30,24 +31,44 @@ PATHS = {"robust": "/classify", "fast": "/classify/fast"}
 CONNECTIONS = (1, 8, 32, 128)
 
 
+@dataclass(frozen=True)
+class Shape:
+    """How a service is made of processes."""
+
+    workers: int
+    engine: str  # own, or shared by all
+
+    def __str__(self) -> str:
+        return f"{self.workers}" if self.engine == "own" else f"{self.workers}, shared engine"
+
+    @property
+    def settings(self) -> dict[str, str]:
+        return {"CARSO_WORKERS": str(self.workers), "CARSO_ENGINE": self.engine}
+
+
+def shapes(cpus: int) -> list[Shape]:
+    """Return what is compared: one process first."""
+    return [Shape(count, engine) for engine in ("own", "shared") for count in numbers(cpus)]
+
+
 def numbers(cpus: int) -> list[int]:
     """Return the numbers of workers that are compared: 1, 2, 4 and so on, up to one for each processor."""
     return [count for count in (2**power for power in range(8)) if count <= min(max(2, cpus), MAX_WORKERS)]
 
 
 @contextmanager
-def targets(bundle: Path, counts: Sequence[int], *, images: int) -> Iterator[list[Target]]:
-    """Run a service for each number of workers. A target is named by its path and that number."""
+def targets(bundle: Path, compared: Sequence[Shape], *, images: int) -> Iterator[list[Target]]:
+    """Run a service of each shape. A target is named by its path and its shape."""
     bodies = png_digits(images)
     with ExitStack() as stack:
         services = {
-            count: stack.enter_context(carso(bundle, CARSO_WORKERS=str(count), CARSO_CANARY_S="0", CARSO_DEVICE="cpu"))
-            for count in counts
+            shape: stack.enter_context(carso(bundle, CARSO_CANARY_S="0", CARSO_DEVICE="cpu", **shape.settings))
+            for shape in compared
         }
         yield [
-            Target(f"{name} {count}", service, [request(path, body, content_type="image/png") for body in bodies])
+            Target(f"{name} {shape}", service, [request(path, body, content_type="image/png") for body in bodies])
             for name, path in PATHS.items()
-            for count, service in services.items()
+            for shape, service in services.items()
         ]
 
 
@@ -60,8 +81,8 @@ def run(to: Sequence[Target], *, repetition: int, seconds: float) -> Iterator[Ph
             yield measure(target, load, kind="closed", repetition=repetition, seconds=seconds)
 
 
-def ratios(phases: Sequence[Phase], counts: Sequence[int]) -> dict[str, str]:
-    """Print and return throughput and p99 of several workers, over those of one."""
+def ratios(phases: Sequence[Phase], compared: Sequence[Shape]) -> dict[str, str]:
+    """Print and return throughput and p99 of every shape, over those of the first."""
     found = {}
     shown = table(
         "workers, relative to one with all processors: medians over repetitions, with quartiles",
@@ -69,17 +90,17 @@ def ratios(phases: Sequence[Phase], counts: Sequence[int]) -> dict[str, str]:
     )
     for path in PATHS:
         for connections in CONNECTIONS:
-            for count in counts:
-                of = {"target": f"{path} {count}", "setting": connections}
-                alone = {"target": f"{path} {counts[0]}", "setting": connections}
+            for shape in compared:
+                of = {"target": f"{path} {shape}", "setting": connections}
+                alone = {"target": f"{path} {compared[0]}", "setting": connections}
                 ratio = {
                     field: spread(np.asarray(series(phases, field, **of) / series(phases, field, **alone)), digits=3)
                     for field in ("throughput", "p99")
                 }
                 for field, value in ratio.items():
-                    found[f"{path}, {connections} connections, {count} workers: {field}"] = value
+                    found[f"{path}, {connections} connections, workers: {shape}: {field}"] = value
                 failed = str(int(series(phases, "failures", **of).sum()))
-                shown.add_row(path, str(connections), str(count), ratio["throughput"], ratio["p99"], failed)
+                shown.add_row(path, str(connections), str(shape), ratio["throughput"], ratio["p99"], failed)
     console.print(shown)
     return found
 
@@ -93,17 +114,17 @@ def main(
     json: JsonFile = None,
 ) -> None:
     known = begin("workers", Bundle.load(bundle))
-    counts = numbers(usable_cpus())
+    compared = shapes(usable_cpus())
     phases: list[Phase] = []
-    with targets(bundle, counts, images=images) as to, progress_console.status("") as status:
+    with targets(bundle, compared, images=images) as to, progress_console.status("") as status:
         for repetition in range(repetitions):
             status.update(f"repetition {repetition + 1} of {repetitions}")
             phases += run(to, repetition=repetition, seconds=seconds)
-    found = ratios(phases, counts)
+    found = ratios(phases, compared)
     keep(
         json,
         known=known,
-        options={"repetitions": repetitions, "seconds": seconds, "images": images, "workers": counts},
+        options={"repetitions": repetitions, "seconds": seconds, "images": images, "workers": list(map(str, compared))},
         results={"phases": [asdict(phase) for phase in phases], "ratios": found},
     )
 
