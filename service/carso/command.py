@@ -95,7 +95,7 @@ def demo(**options: object) -> None:
 
     The options are those of `serve`. Where there is no browser, this says where the page is.
     """
-    _start(options | {"workers": "1"}, show_page=True)
+    _start(options | {"workers": "1", "engine": "own"}, show_page=True)
 
 
 def _start(options: dict[str, object], *, show_page: bool = False) -> None:
@@ -112,15 +112,16 @@ def _start(options: dict[str, object], *, show_page: bool = False) -> None:
                 f"{settings.called('page')}: false is not allowed with `carso demo`, which shows the page"
             )
         check_runtime()
-        is_first = worker is None and (settings.workers != 1 or settings.engine == "shared")
-        on_gpu = is_first and may_be_on_gpu(settings.device)
-        count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=on_gpu) if is_first else 1
-        if count > 1 and settings.grpc_port is not None:
+        on_gpu = worker is None and settings.workers != 1 and may_be_on_gpu(settings.device)
+        count = how_many(settings.workers, cpus=usable_cpus(), on_gpu=on_gpu) if worker is None else 1
+        several = worker is None and (count > 1 or settings.engine == "shared")
+        if several and settings.grpc_port is not None:
             raise SettingsError(
-                f"{settings.called('grpc_port')}: {settings.grpc_port} is not allowed with {count} workers, because "
-                f"gRPC has one process: set {settings.called('workers')} to 1, or serve gRPC by replicas"
+                f"{settings.called('grpc_port')}: {settings.grpc_port} is not allowed with several processes, and gRPC "
+                f"has one: set {settings.called('workers')} to 1 and {settings.called('engine')} to own, or serve gRPC "
+                "by replicas"
             )
-        if is_first and (count > 1 or settings.engine == "shared"):
+        if several:
             _supervise(settings, count, shares_engine=shares_engine(settings.engine, on_gpu=on_gpu))
         else:
             _serve(settings, worker, show_page=show_page)
