@@ -39,6 +39,7 @@ CUDA_ROUND_ROWS = 8192  # the largest bucket; docs/gpu.md has the reason
 RISKS = (0.0, 1e-3)
 BATCH = 64  # images of one request: as many as a service takes by default
 BATCH_CONNECTIONS = (1, 8)
+WORKERS = 4
 PATHS = {"fast": "/classify/fast", "robust": "/classify"}
 PARTS = (20, 100, 500, 2000)  # votes of the batches that are compared with one large one
 NPY, PNG = "application/x-npy", "image/png"
@@ -240,10 +241,11 @@ def pipeline(rig: Rig, *, way: Way) -> Figures:
     return found
 
 
-def http(rig: Rig) -> Figures:
-    """Start the service, and put single images and batches to it."""
+def http(rig: Rig, *, workers: int = 1) -> Figures:
+    """Start the service, and put single images and batches to it. Several workers share one engine."""
+    engine = {"CARSO_WORKERS": str(workers), "CARSO_ENGINE": "shared"} if workers > 1 else {}
     began = time.perf_counter()
-    with _service(rig) as server:
+    with _service(rig, **engine) as server:
         started: Figures = {"start to ready": {"seconds": time.perf_counter() - began}}
         return started | answers(rig, server)
 
@@ -303,6 +305,7 @@ def steps(rig: Rig) -> dict[str, Callable[[Rig], Figures]]:
         "votes by PyTorch": torch_votes,
         **for_each("pipeline", pipeline),
         "http": http,
+        f"http, {WORKERS} workers": partial(http, workers=WORKERS),
         "leak": leak,
     }
 
@@ -347,8 +350,8 @@ def _median_us(way: Callable[[], object], seconds: float) -> float:
 
 
 @contextmanager
-def _service(rig: Rig) -> Iterator[Server]:
-    settings = {"CARSO_DEVICE": rig.device, "CARSO_ROUND_ROWS": str(rig.round_rows), "CARSO_CANARY_S": "0"}
+def _service(rig: Rig, **engine: str) -> Iterator[Server]:
+    settings = engine | {"CARSO_DEVICE": rig.device, "CARSO_ROUND_ROWS": str(rig.round_rows), "CARSO_CANARY_S": "0"}
     with carso(rig.folder, **settings) as server:
         yield server
 
