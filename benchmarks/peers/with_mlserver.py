@@ -33,7 +33,7 @@ class Peer(MLModel):
 def write_settings(folder: Path) -> None:
     """Write the files that MLServer reads."""
     server = {"http_port": PORT, "host": "127.0.0.1", "parallel_workers": WORKERS, "debug": False}
-    server |= {"grpc_port": PORT + 1, "metrics_port": PORT + 2}
+    server |= {"grpc_port": PORT + 1, "metrics_port": PORT + 2, "metrics_dir": str(folder / "metrics")}
     model = {"name": "peer", "implementation": "with_mlserver.Peer"}
     model |= {"max_batch_size": MAX_BATCH, "max_batch_time": MAX_WAIT}
     (folder / "settings.json").write_text(json.dumps(server))
