@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from carso_training.attacks.linf import climb, random_start
 from carso_training.networks import bounds, build_classifier, classifier_config
-from carso_training.networks.bounds import Box, UnboundedLayerError, box_of, margins, propagate
+from carso_training.networks.bounds import Box, UnboundedLayerError, box_of, largest_margin, margins, propagate
 from carso_training.networks.layers import Mish, SoftThresholds, Standardise
 from torch import Tensor, nn
 
@@ -189,6 +189,29 @@ def test_no_attack_goes_below_a_margin(name):
             assert (lead(attacked.clamp(box.lower, box.upper))[:, other] >= proven[:, other]).all()
 
 
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_largest_margin_is_that_of_the_one_label_that_can_be_proven(name):
+    layers, generator = NETWORKS[name](), torch.Generator().manual_seed(7)
+    images = torch.rand(60, 1, 12, 12, generator=generator)
+    proven = 0
+    for eps in (0.0, 1e-3, 0.01):
+        with torch.no_grad():
+            box = box_of(images, torch.full((60,), eps))
+            found = largest_margin(layers, box)
+            by_class = torch.stack(
+                [margins(layers, box, torch.full((60,), label), slack=True) for label in range(5)], 1
+            )
+            by_class += torch.eye(5) * 1e9
+            labels = run(layers, images).argmax(dim=1)
+        smallest = by_class.amin(dim=2)
+        torch.testing.assert_close(found, smallest.amax(dim=1), rtol=0, atol=0)
+        is_proven = found > 0
+        assert torch.equal(smallest[is_proven].argmax(dim=1), labels[is_proven])
+        assert ((smallest > 0).sum(dim=1) == is_proven).all()
+        proven += int(is_proven.sum())
+    assert 20 < proven < 180
+
+
 def test_the_slack_is_small_beside_the_margins_of_real_numbers():
     layers = small_convolutional()
     images, labels = torch.rand(20, 1, 12, 12), torch.zeros(20, dtype=torch.int64)
@@ -203,13 +226,13 @@ def test_the_slack_is_small_beside_the_margins_of_real_numbers():
 @pytest.mark.parametrize("steepness", [-30.0, 30.0])
 def test_a_soft_threshold_may_fall_instead_of_rise(steepness):
     layer = SoftThresholds(1, 2, steepness=steepness)
-    lower, upper = propagate([layer], box_of(torch.full((1, 1, 1, 1), 0.5), torch.tensor([0.1])), slack=False)
+    lower, upper, _ = propagate([layer], box_of(torch.full((1, 1, 1, 1), 0.5), torch.tensor([0.1])), slack=False)
     assert (lower < upper).all()
 
 
 def test_mish_is_at_its_lowest_inside_a_box_that_holds_the_lowest_point():
     ends = Box(torch.tensor([[-3.0, -3.0, -1.0, -1.3]]), torch.tensor([[2.0, -1.5, 4.0, -1.1]]))
-    lower, upper = propagate([Mish()], ends, slack=False)
+    lower, upper, _ = propagate([Mish()], ends, slack=False)
     grid = torch.linspace(0, 1, 10001).unsqueeze(1)
     seen = Mish()(ends.lower + grid * (ends.upper - ends.lower))
     torch.testing.assert_close(lower[0], seen.min(dim=0).values, atol=2e-5, rtol=0)
@@ -218,7 +241,7 @@ def test_mish_is_at_its_lowest_inside_a_box_that_holds_the_lowest_point():
 
 
 def test_the_box_of_an_image_ends_at_black_and_white():
-    lower, upper = box_of(torch.tensor([[0.0, 0.1, 0.95]]), torch.tensor([0.2]))
+    lower, upper, _ = box_of(torch.tensor([[0.0, 0.1, 0.95]]), torch.tensor([0.2]))
     np.testing.assert_allclose(lower, [[0.0, 0.0, 0.75]])
     np.testing.assert_allclose(upper, [[0.2, 0.3, 1.0]])
 

@@ -253,6 +253,15 @@ def test_a_network_that_is_no_chain_is_told_so():
         BoundsGraph(classifier, purifier)
 
 
+def test_a_network_whose_bounds_overflow_is_told_so():
+    classifier, purifier = random_system(SMALL)
+    with torch.no_grad():
+        for layer in (*classifier.hidden, classifier.last):
+            layer.weight *= 1e15
+    with pytest.raises(UnboundedLayerError, match="its bounds overflow float32"):
+        BoundsGraph(classifier, purifier)
+
+
 def test_bounds_of_other_weights_are_refused_at_the_start(tmp_path):
     folder = copy_of(shared_bundle(SMALL), tmp_path / "bundle")
     classifier, purifier = random_system(SMALL, seed=5)

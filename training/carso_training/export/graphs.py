@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from carso_training.networks import Classifier, Purifier
-from carso_training.networks.bounds import UnboundedLayerError, box_of, margins
+from carso_training.networks.bounds import UnboundedLayerError, box_of, largest_margin, leads
 
 
 class FirstPassGraph(nn.Module):
@@ -40,8 +40,8 @@ class VoteGraph(nn.Module):
 class BoundsGraph(nn.Module):
     """images [B, *shape] in [0, 1], eps [B] -> probabilities [B, classes], codes [B, code], margins [B].
 
-    A margin is the smallest lead of the most probable class that is proven. Where it is positive, the first pass gives
-    this class to every image within eps (docs/certificate.md).
+    Where a margin is positive, the first pass gives the most probable class to every image within eps, and the scores
+    of all other classes stay that far below its (docs/certificate.md).
     """
 
     def __init__(self, classifier: Classifier, purifier: Purifier) -> None:
@@ -52,11 +52,10 @@ class BoundsGraph(nn.Module):
         if layers is None:
             raise UnboundedLayerError(f"the network {classifier.config.network} is not a chain of layers")
         self.layers = nn.ModuleList(layers)
-        self.classes = classifier.config.classes
+        everything = box_of(torch.full((1, *classifier.config.input_shape), 0.5), torch.full((1,), 0.5))
+        if not leads(layers, everything, slack=True).isfinite().all():  # those of smaller boxes are, if these are
+            raise UnboundedLayerError("its bounds overflow float32")
 
     def forward(self, images: Tensor, eps: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         probabilities, codes = self.first_pass(images)
-        labels = probabilities.argmax(dim=1)
-        leads = margins(list(self.layers), box_of(images, eps), labels, slack=True)
-        own = torch.arange(self.classes) == labels.unsqueeze(1)
-        return probabilities, codes, torch.where(own, torch.inf, leads).amin(dim=1)
+        return probabilities, codes, largest_margin(list(self.layers), box_of(images, eps))

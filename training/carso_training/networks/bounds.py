@@ -36,6 +36,7 @@ class Box(NamedTuple):
 
     lower: Tensor  # [B, ...]
     upper: Tensor  # [B, ...], >= lower
+    nonnegative: bool = False  # whether it is known that no value is below 0, which saves operations
 
 
 class UnboundedLayerError(Exception):
@@ -48,7 +49,7 @@ def box_of(images: Tensor, eps: Tensor) -> Box:
     Every float32 image within `eps` lies in it, although the ends are rounded: rounding keeps the order of numbers.
     """
     radius = eps.view(-1, *[1] * (images.dim() - 1))
-    return Box((images - radius).clamp(min=0.0), (images + radius).clamp(max=1.0))
+    return Box((images - radius).clamp(min=0.0), (images + radius).clamp(max=1.0), nonnegative=True)
 
 
 def margins(layers: Sequence[nn.Module], box: Box, labels: Tensor, *, slack: bool) -> Tensor:
@@ -57,18 +58,32 @@ def margins(layers: Sequence[nn.Module], box: Box, labels: Tensor, *, slack: boo
     A label's bound against itself is 0. Where all others are positive, every image of the box gets this label. With
     `slack` this holds for scores, and for their softmax, as float32 computes them. Raises UnboundedLayerError.
     """
+    found = leads(layers, box, slack=slack)
+    found = found.gather(1, labels.view(-1, 1, 1).expand(-1, 1, found.shape[2])).squeeze(1)
+    return found.masked_fill(F.one_hot(labels, found.shape[1]).bool(), 0.0)
+
+
+def largest_margin(layers: Sequence[nn.Module], box: Box) -> Tensor:
+    """Return [B]: of the classes, the largest of the smallest leads over all others, with slack.
+
+    At most one class can have none but positive leads. So if this is positive, it is the margin of the one label that
+    every image of the box gets, as float32 computes it. Raises UnboundedLayerError.
+    """
+    found = leads(layers, box, slack=True)
+    return (found + torch.eye(found.shape[1]) * torch.finfo().max).amin(dim=2).amax(dim=1)
+
+
+def leads(layers: Sequence[nn.Module], box: Box, *, slack: bool) -> Tensor:
+    """Return lower bounds [B, classes, classes] of score a minus score b all over the box, at [:, a, b].
+
+    Those of a class over itself mean nothing. Raises UnboundedLayerError.
+    """
     *before, last = layers
     if isinstance(last, nn.Linear):
-        below = _differences(last, propagate(before, box, slack=slack), slack=slack)
-        found = below.gather(1, labels.view(-1, 1, 1).expand(-1, 1, below.shape[2])).squeeze(1)
-    else:
-        lower, upper = propagate(layers, box, slack=slack)
-        found = lower.gather(1, labels.unsqueeze(1)) - upper
-        if slack:
-            found = found - 4 * UNIT * found.abs()
-    if slack:
-        found = found - TIE
-    return found.masked_fill(F.one_hot(labels, found.shape[1]).bool(), 0.0)
+        return _differences(last, propagate(before, box, slack=slack), slack=slack)
+    ends = propagate(layers, box, slack=slack)
+    found = ends.lower.unsqueeze(2) - ends.upper.unsqueeze(1)
+    return found - 4 * UNIT * found.abs() - TIE if slack else found
 
 
 def propagate(layers: Sequence[nn.Module], box: Box, *, slack: bool) -> Box:
@@ -89,15 +104,18 @@ def _doubled(box: Box, terms: int, *, slack: bool) -> tuple[Tensor, Tensor]:
 
     Whoever halves the weights instead, which is exact, saves two operations.
     """
-    centre, radius = box.lower + box.upper, box.upper - box.lower
-    if slack:
-        radius = radius + 2 * _share(terms) * _size(box)
-    return centre, radius
+    centre = box.lower + box.upper
+    if not slack:
+        return centre, box.upper - box.lower
+    share = 2 * _share(terms)
+    if box.nonnegative:  # its size is its upper end
+        return centre, (1 + share) * box.upper - box.lower
+    return centre, box.upper - box.lower + share * _size(box)
 
 
 def _size(box: Box) -> Tensor:
     """Return the largest absolute value in a box. This does not round."""
-    return torch.maximum(-box.lower, box.upper)
+    return box.upper if box.nonnegative else torch.maximum(-box.lower, box.upper)
 
 
 def _share(terms: int) -> float:
@@ -148,7 +166,7 @@ def _differences(last: nn.Linear, box: Box, *, slack: bool) -> Tensor:
         # each score is rounded by itself, so the slack is that of both and not of their difference
         share = _share(terms)
         weight, bias = (share * _of_all_pairs(torch.add, part.abs()) for part in (last.weight, bias))
-        below = below - F.linear(_size(box), weight, bias + TINY)
+        below = below - F.linear(_size(box), weight, bias + TINY + TIE)
     return below.unflatten(1, (classes, classes))
 
 
@@ -159,7 +177,8 @@ def _of_all_pairs(combine: Callable[[Tensor, Tensor], Tensor], rows: Tensor) -> 
 
 def _monotone(layer: nn.Module, box: Box, slack: bool) -> Box:
     """Take both ends through a layer that keeps their order, also when it is rounded."""
-    return Box(layer(box.lower), layer(box.upper))
+    kept = isinstance(layer, nn.Flatten | nn.MaxPool2d | nn.LeakyReLU) and box.nonnegative
+    return Box(layer(box.lower), layer(box.upper), nonnegative=kept or isinstance(layer, nn.ReLU))
 
 
 def _leaky(layer: nn.LeakyReLU, box: Box, slack: bool) -> Box:
@@ -170,8 +189,10 @@ def _leaky(layer: nn.LeakyReLU, box: Box, slack: bool) -> Box:
 
 def _soft_thresholds(layer: SoftThresholds, box: Box, slack: bool) -> Box:
     ends = layer(box.lower), layer(box.upper)
-    room = 2 * SIGMOID_ERROR if slack else 0.0
-    return Box(torch.minimum(*ends) - room, torch.maximum(*ends) + room)  # a steepness may be negative
+    low, high = torch.minimum(*ends), torch.maximum(*ends)  # a steepness may be negative
+    if slack:  # a computed sigmoid is not below 0
+        low, high = (low - 2 * SIGMOID_ERROR).clamp(min=0.0), high + 2 * SIGMOID_ERROR
+    return Box(low, high, nonnegative=True)
 
 
 def _mish(layer: Mish, box: Box, slack: bool) -> Box:
