@@ -51,11 +51,16 @@ TRIED = 4  # images between digits, for each that is kept
 WATCHDOG = 120.0  # seconds after which a request counts as hanging; the client's own limit is 60 for each wait
 QUEUED = 1.0  # seconds of work that the queue takes, at the capacity that was measured
 MAX_IMAGES = 64  # in one request, which the queue must have room for
+TOO_LATE = 60.0  # seconds
 SAMPLED = 10.0  # seconds between two looks at the memory
 LOOK = 0.25  # seconds between two looks at whether a killed worker has been replaced
 PATIENCE = 120.0  # seconds that a replacement may take
 WARM_UP, LONG_WARM_UP = 60.0, 180.0  # seconds of a process's life that its slope leaves out: short lives, long ones
 CLIENTS = {"without retries": 0, "with retries": 3}
+
+
+class Starved(Exception):  # noqa: N818  of processor time
+    """The load generator does not get the time that it needs."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ class Caller:
     async def call(self, expected: Expected, *, due: float) -> None:
         attempts: list[Attempt] = []
         _attempts.set(attempts)
+        began = time.monotonic()
         try:
             async with asyncio.timeout(WATCHDOG):
                 result = await self.client.classify(expected.body, seed=expected.seed)
@@ -105,7 +111,7 @@ class Caller:
         else:
             outcome = Outcome.ANSWERED
             self._compare(result, expected)
-        self.account.add(attempts, outcome, due=due, ended=time.monotonic())
+        self.account.add(attempts, outcome, due=due, began=began, ended=time.monotonic())
 
     def _compare(self, result: RobustResult, expected: Expected) -> None:
         (prediction,) = result.predictions
@@ -143,7 +149,7 @@ async def capacity(url: str, drawn: Iterator[Expected], *, seconds: float) -> fl
 async def offer(callers: Sequence[Caller], drawn: Iterator[Expected], *, rate: float, seconds: float) -> list[float]:
     """Send by a Poisson schedule to the callers in turn, wait for all that was sent, and return the lateness of each.
 
-    Latencies count from the scheduled time, so a late generator is charged to the service.
+    Latencies count from the scheduled time, so a late generator is charged to the service. Raises Starved.
     """
     chance, lateness, turn = random.Random(1), [], 0
     due = time.monotonic()
@@ -155,6 +161,11 @@ async def offer(callers: Sequence[Caller], drawn: Iterator[Expected], *, rate: f
             elif len(lateness) % 16 == 0:
                 await asyncio.sleep(0)  # a late generator must not keep the answers waiting
             lateness.append(time.monotonic() - due)
+            if lateness[-1] > TOO_LATE:
+                raise Starved(
+                    f"the generator is {lateness[-1]:.0f} s late, so the service is not what is measured: keep other "
+                    "programs off this processor, or raise --attacks, which makes fewer requests as much work"
+                )
             group.create_task(callers[turn].call(next(drawn), due=due))
             turn = (turn + 1) % len(callers)
             due += chance.expovariate(rate)
@@ -271,6 +282,8 @@ async def phase(
     try:
         lateness = await offer(callers, drawn, rate=rate, seconds=seconds)
         await asyncio.gather(*beside[1:])
+        if beside[0].done():
+            beside[0].result()  # raises what ended it
     finally:
         for task in beside:
             task.cancel()

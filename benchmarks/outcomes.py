@@ -98,17 +98,17 @@ class Account:
     other_image: int = 0  # answers of another image than the one sent
     other_count: int = 0  # answers whose votes are not those that the image and the seed give
     latencies: list[float] = field(default_factory=list)  # seconds from the scheduled time, of answers
-    longest: float = 0.0  # seconds until the end of a request, whatever it was
+    longest: float = 0.0  # seconds from the beginning of a request to its end, whatever that was
     other: Counter[str] = field(default_factory=Counter)  # what the outcome "other" was
 
-    def add(self, attempts: Sequence[Attempt], outcome: Outcome, *, due: float, ended: float) -> None:
-        """Enter one request, once it is over."""
+    def add(self, attempts: Sequence[Attempt], outcome: Outcome, *, due: float, began: float, ended: float) -> None:
+        """Enter one request, once it is over. `due`: when it should have begun."""
         self.requests += 1
         self.outcomes[outcome] += 1
         self.attempts.update(attempt.outcome for attempt in attempts)
         broken = [attempt for attempt in attempts if attempt.outcome is Outcome.BROKEN]
         self.broken += broken
-        self.longest = max(self.longest, ended - due)
+        self.longest = max(self.longest, ended - began)
         if outcome is Outcome.ANSWERED:
             self.latencies.append(ended - due)
             self.recovered += bool(broken)

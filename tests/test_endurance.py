@@ -61,9 +61,9 @@ def test_the_books_hold_every_request_once_and_every_attempt():
         Attempt(100.2, 100.2, Outcome.REFUSED),
         Attempt(100.4, 101, Outcome.ANSWERED),
     )
-    account.add([broken, refused, answered], Outcome.ANSWERED, due=98, ended=101)
-    account.add([broken], Outcome.BROKEN, due=99, ended=100.1)
-    account.add([], Outcome.HANG, due=0, ended=120)
+    account.add([broken, refused, answered], Outcome.ANSWERED, due=98, began=99, ended=101)
+    account.add([broken], Outcome.BROKEN, due=99, began=99, ended=100.1)
+    account.add([], Outcome.HANG, due=0, began=1, ended=121)
     assert account.requests == sum(account.outcomes.values()) == 3
     assert account.attempts == {Outcome.BROKEN: 2, Outcome.REFUSED: 1, Outcome.ANSWERED: 1}
     assert (account.recovered, account.longest, account.latencies) == (1, 120, [3])

@@ -33,7 +33,7 @@ from carso.bundle import VOTE, VOTE_INT8, Bundle
 from carso.inference.processors import usable_cpus
 
 from benchmarks.digits import png_digits
-from benchmarks.load import Load, Measured, drive, request
+from benchmarks.load import Load, drive, request
 from benchmarks.phases import Phase, Target, measure, median, series
 from benchmarks.report import REFERENCE, BundleFolder, JsonFile, begin, console, keep, progress_console, table
 from benchmarks.servers import Server, ServerError, carso, free_port, started
@@ -267,7 +267,6 @@ def memory(server: Server) -> float:
 def overload(server: Server, one: Contender, *, rate: float, seconds: float) -> Overload:
     """Send `rate` requests a second for `seconds`, whatever the server does."""
     load = Load(port=server.port, requests=one.requests, connections=OVERLOAD_CONNECTIONS, rate=rate)
-    measured: Measured
     (measured,) = drive([load], seconds=seconds, warm_up=0.0)
     return Overload(
         server=one.name,
@@ -395,7 +394,7 @@ def main(
                     life, found, flooded = live(
                         one, labels, repetition=repetition, seconds=seconds, flood=flood if last else 0
                     )
-                except (OSError, ServerError) as e:
+                except (OSError, ValueError, LookupError, ServerError) as e:  # it ends, hangs, or answers otherwise
                     skipped[one.name] = f"it failed: {str(e)[-500:]}"
                     continue
                 lives.append(life)
