@@ -250,13 +250,15 @@ def _presets() -> dict[str, Recipe]:
     certified = conv | {
         "name": "mnist-certified",
         "classifier": {"network": "conv", "steepness": 60.0, "channels": (16, 32), "hidden": 128},
+        # Votes by small dense networks: as strong as by convolutional ones, for a fifth of the multiplications
+        "purifier": {"code_encoder": (96, 64), "decoder": (128, 256), "decoder_dropout": (0.0, 0.0)},
+        "second_pass": {"network": "fcn", "hidden": (128,), "dropout": 0.0},
         "undefended": Schedule(epochs=1, peak_lr=2e-3, **adamw | {"averaging": 0.95}),
         "adversarial": Schedule(epochs=30, peak_lr=1e-3, batch_size=128, rate="steps", optimizer="adamw"),
         "robust_training": None,
         "certified_training": CertifiedTraining(),
-        # In so few steps, a longer average would be of weights that know nothing yet
         "purification": Schedule(epochs=8, peak_lr=2e-3, **adamw | {"averaging": 0.95}),
-        "hardening": conv["hardening"].model_copy(update={"schedule": Schedule(epochs=5, **short)}),
+        "hardening": Hardening(schedule=Schedule(epochs=5, **short), eps=strong, train_first_pass=False),
     }
     quick = {
         "name": "mnist-fcn-quick",
