@@ -456,7 +456,7 @@ def test_http_and_grpc_need_a_port_each():
 def test_several_workers_do_not_speak_grpc():
     ended = start(workers=2, grpc_port=0, device="cpu")
     assert ended.returncode == 2
-    assert ended.stderr.startswith("carso: CARSO_GRPC_PORT: 0 is not allowed with 2 workers")
+    assert ended.stderr.startswith("carso: CARSO_GRPC_PORT: 0 is not allowed with several processes")
 
 
 def test_without_its_libraries_the_start_ends_and_says_how_to_install_them():

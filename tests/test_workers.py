@@ -341,7 +341,6 @@ def test_a_replacement_that_cannot_start_again_and_again_ends_the_service_with_i
             {"workers": 2, "device": "cuda", "engine": "own"},
             "CARSO_ENGINE: own is not allowed with CARSO_DEVICE cuda and CARSO_WORKERS 2",
         ),
-        ({"workers": 2, "grpc_port": 9}, "CARSO_GRPC_PORT: 9 is not allowed with several processes"),
         ({"engine": "shared", "grpc_port": 9}, "CARSO_GRPC_PORT: 9 is not allowed with several processes"),
     ],
 )
