@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
+import socket
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -13,9 +16,14 @@ import httpx
 import numpy as np
 import pytest
 from carso.bundle import Bundle
-from carso.inference.jobs import VotePlan
+from carso.inference.engine import Engine
+from carso.inference.jobs import Job, VotePlan
 from carso.inference.pipeline import Pipeline
+from carso.inference.remote import Asked, Left, Told
 from carso.inference.sessions import Sessions
+from carso.inference.thread import InThread
+from carso.inference.wire import Unpacker, packed
+from carso.workers.shared import SharedEngine
 
 from tests.bundles import SMALL, copy_of, shared_bundle
 from tests.calls import BATCH, ENDLESS, PNG, VALUES, as_npy, as_png, in_flight, refused, request, sample
@@ -66,6 +74,34 @@ def test_an_answer_to_a_seed_is_that_of_a_pipeline_whichever_worker_gives_it(sha
             assert [each["tally"] for each in found] == [outcome.tally for outcome in expected]
             found = as_npy("/classify/fast", client, VALUES).json()["predictions"]
             np.testing.assert_allclose([each["probabilities"] for each in found], fast, atol=1e-5)
+
+
+async def test_a_job_that_nobody_waits_for_any_more_when_it_comes_is_forgotten():
+    """Both messages in one piece, so that its task is cancelled before it has begun."""
+    sessions = Sessions(Bundle.load(shared_bundle(SMALL)), device="cpu", threads=1)
+    pipeline = Pipeline(sessions, latent=SMALL.purifier.latent, classes=SMALL.classifier.classes, round_rows=128)
+    engine = Engine(InThread(pipeline))
+    engine.start()
+    ours, theirs = socket.socketpair()
+    with ours:
+        ours.setblocking(False)
+        shared = SharedEngine(engine, sessions.abilities)
+        await shared.open(theirs)
+        loop, unpacker, told = asyncio.get_running_loop(), Unpacker(), []
+        for messages in ([[Asked(1, Job(VALUES), ())], [Left(1)]], [[Asked(2, Job(VALUES), ())]]):
+            await loop.sock_sendall(ours, b"".join(bytes(part) for each in messages for part in packed(each)))
+            await asyncio.sleep(0.01)
+            shared.beat()
+        async with asyncio.timeout(PATIENCE):
+            while not any(isinstance(each, Told) and each.results for each in told):
+                told += unpacker.feed(await loop.sock_recv(ours, 65536))
+        shared.beat()  # which tells nothing where no job is left
+        await asyncio.sleep(0.01)
+        with pytest.raises(BlockingIOError):
+            ours.recv(1)
+    await engine.stop()
+    assert told[0] == sessions.abilities
+    assert [number for each in told[1:] for number, _ in each.results] == [2]
 
 
 def test_events_and_explanations_come_through(shared):
@@ -211,8 +247,6 @@ def test_an_engine_that_stands_still_is_killed_and_replaced(tmp_path):
 
 
 def lines_of(server: Server) -> list[dict[str, object]]:
-    import json
-
     return [json.loads(line) for line in server.log.read_text().rpartition("\n")[0].splitlines()]
 
 

@@ -82,10 +82,10 @@ class _Connection(asyncio.Protocol):
             for message in messages:
                 match message:
                     case Asked(number):
-                        self._running[number] = asyncio.create_task(self._run(message))
-                    case Left(number):
-                        if (task := self._running.get(number)) is not None:
-                            task.cancel()
+                        task = self._running[number] = asyncio.create_task(self._run(message))
+                        task.add_done_callback(partial(self._forget, number))
+                    case Left(number) if number in self._running:
+                        self._running[number].cancel()
 
     def connection_lost(self, error: Exception | None) -> None:
         for task in self._running.values():
@@ -106,8 +106,9 @@ class _Connection(asyncio.Protocol):
         else:
             self._results.append((asked.number, result))
             self._tell_soon()
-        finally:
-            del self._running[asked.number]
+
+    def _forget(self, number: int, task: asyncio.Task[None]) -> None:
+        del self._running[number]
 
     def _note(self, number: int, news: News) -> None:
         self._news.append((number, news))
