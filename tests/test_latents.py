@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from carso.choices import MAX_SEED
 from carso.inference import latents
-from carso.inference.latents import SHARED, Stream, Streams, sharing
+from carso.inference.latents import SHARED, Stream, Streams, drawing
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,7 +72,7 @@ SIZES = {
 @pytest.mark.parametrize("threads", [2, 5])
 @pytest.mark.parametrize("name", SIZES)
 def test_a_seeds_latents_do_not_depend_on_how_many_threads_draw_them(threads, name):
-    share_out = sharing(threads)
+    share_out = drawing(threads)
     streams = [Stream(seed) for seed in range(len(SIZES[name]))]
     for round_ in range(2):  # streams go on where they were
         parts = [
@@ -92,7 +92,7 @@ def test_a_large_round_is_drawn_by_several_threads_and_a_small_one_by_none_but_i
             drew.add(threading.current_thread())
             super().draw(out)
 
-    share_out = sharing(3)
+    share_out = drawing(3)
     share_out([(Told(seed), np.empty((1, LATENT), np.float32)) for seed in range(3)])
     assert drew == {threading.current_thread()}
     share_out([(Told(seed), np.empty((SHARED, LATENT), np.float32)) for seed in range(3)])
@@ -106,4 +106,4 @@ def test_what_goes_wrong_in_a_thread_that_draws_is_raised_where_the_latents_are_
 
     parts = [(kind(seed), np.empty((SHARED, LATENT), np.float32)) for seed, kind in enumerate((Stream, Broken))]
     with pytest.raises(RuntimeError, match="broken"):
-        sharing(2)(parts)
+        drawing(2)(parts)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -31,7 +30,7 @@ from tests.pictures import npy
 from tests.server import Server
 from tests.test_settings import start
 from tests.test_shutdown import refuses_connections
-from tests.test_workers import LIMITS, of_log, several, states, workers_of
+from tests.test_workers import LIMITS, alone, log_of, of_log, several, states, workers_of
 from tests.waiting import PATIENCE, comes_to, eventually
 
 
@@ -41,17 +40,6 @@ def sharing(log: Path, **settings: object) -> Iterator[tuple[Server, int, list[i
     with several(log, engine="shared", **settings) as server:
         engine, *workers = workers_of(server)  # the oldest is the engine
         yield server, engine, workers
-
-
-@contextmanager
-def only(server: Server, worker: int, engine: int) -> Iterator[None]:
-    """The other worker stands still."""
-    with ExitStack() as stack:
-        (other,) = {*workers_of(server)} - {worker, engine}
-        os.kill(other, signal.SIGSTOP)
-        stack.callback(os.kill, other, signal.SIGCONT)
-        comes_to(lambda: Path(f"/proc/{other}/stat").read_text().rpartition(")")[2].split()[0], "T")
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -69,7 +57,7 @@ def test_an_answer_to_a_seed_is_that_of_a_pipeline_whichever_worker_gives_it(sha
     expected = pipeline.classify(VALUES, VotePlan(samples=1500, risk=1e-3, seed=5))
     fast = sessions.first_pass(VALUES).probabilities
     for worker in workers:
-        with only(server, worker, engine), server.client() as client:
+        with alone(server, worker, engine), server.client() as client:
             found = as_npy("/classify", client, VALUES, seed=5).json()["predictions"]
             assert [each["tally"] for each in found] == [outcome.tally for outcome in expected]
             found = as_npy("/classify/fast", client, VALUES).json()["predictions"]
@@ -118,11 +106,11 @@ def test_events_and_explanations_come_through(shared):
 def test_the_queue_is_one_for_all_workers_and_a_client_that_hangs_up_frees_its_part(shared):
     server, engine, (one, other) = shared
     with ExitStack() as stack:
-        with only(server, one, engine):
+        with alone(server, one, engine):
             connection = stack.enter_context(server.connect())
             connection.sendall(request("/classify", npy(BATCH), content_type="application/x-npy", **ENDLESS))
             comes_to(lambda: in_flight(server), 1)
-        with only(server, other, engine), server.client() as client:
+        with alone(server, other, engine), server.client() as client:
             refusal = as_npy("/classify", client, BATCH, **ENDLESS)
             assert "rows of work are owed to other requests" in refused(refusal, 429, "overloaded")
     comes_to(lambda: in_flight(server), 0)
@@ -133,7 +121,7 @@ def test_metrics_show_what_the_engine_did_for_all_workers_and_its_pace(shared):
     server, engine, workers = shared
     before = sample(server.metrics(), "carso_first_pass_images_total")
     for worker in workers:
-        with only(server, worker, engine), server.client() as client:
+        with alone(server, worker, engine), server.client() as client:
             assert as_npy("/classify", client, VALUES, samples=1500, risk=0).status_code == 200
     page = server.metrics()
     assert sample(page, "carso_first_pass_images_total") == before + 2 * len(VALUES)
@@ -164,10 +152,10 @@ def test_a_worker_that_is_killed_takes_its_own_work_along_and_no_other(tmp_path)
         server.client() as first,
         server.client() as second,
     ):
-        with only(server, one, engine):
+        with alone(server, one, engine):
             lost = pool.submit(as_npy, "/classify", first, VALUES, **ENDLESS)
             comes_to(lambda: in_flight(server), 1)
-        with only(server, other, engine):
+        with alone(server, other, engine):
             kept = pool.submit(as_npy, "/classify", second, VALUES, samples=60_000, risk=0)
             comes_to(lambda: in_flight(server), 2)
         os.kill(one, signal.SIGKILL)
@@ -192,7 +180,7 @@ def test_an_engine_that_is_killed_fails_what_is_in_flight_and_all_is_replaced(tm
     ):
         waiting = []
         for worker, client in zip(workers, (first, second), strict=True):
-            with only(server, worker, engine):
+            with alone(server, worker, engine):
                 waiting.append(pool.submit(as_npy, "/classify", client, VALUES, **ENDLESS))
                 comes_to(lambda: in_flight(server), len(waiting))
         os.kill(engine, signal.SIGKILL)
@@ -220,7 +208,7 @@ def test_a_signal_lets_requests_finish_and_the_engine_ends_last(tmp_path):
         ThreadPoolExecutor(1) as pool,
         server.client() as client,
     ):
-        with only(server, one, engine):
+        with alone(server, one, engine):
             waiting = pool.submit(as_npy, "/classify", client, VALUES, samples=60_000, risk=0)
             comes_to(lambda: in_flight(server), 1)
         server.process.send_signal(signal.SIGTERM)
@@ -243,11 +231,7 @@ def test_an_engine_that_stands_still_is_killed_and_replaced(tmp_path):
         os.kill(engine, signal.SIGSTOP)
         eventually(lambda: engine not in workers_of(server))
         comes_to(lambda: states(server), {"ready": 2.0})
-        assert any("the event loop of the engine has stood still" in str(line["message"]) for line in lines_of(server))
-
-
-def lines_of(server: Server) -> list[dict[str, object]]:
-    return [json.loads(line) for line in server.log.read_text().rpartition("\n")[0].splitlines()]
+        assert any("the event loop of the engine has stood still" in str(line["message"]) for line in log_of(server))
 
 
 def test_a_single_worker_can_have_an_engine_in_another_process(tmp_path):

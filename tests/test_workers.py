@@ -57,9 +57,9 @@ def workers_of(server: Server) -> list[int]:
 
 
 @contextmanager
-def alone(server: Server, worker: int) -> Iterator[None]:
-    """The other workers stand still, so that this one answers all that begins meanwhile."""
-    others = [process for process in workers_of(server) if process != worker]
+def alone(server: Server, worker: int, *besides: int) -> Iterator[None]:
+    """The other workers stand still, so that this one answers all that begins meanwhile. `besides`: who goes on too."""
+    others = [process for process in workers_of(server) if process not in (worker, *besides)]
     with ExitStack() as stack:
         for other in others:
             os.kill(other, signal.SIGSTOP)

@@ -109,35 +109,23 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
             "of typical images. Add them with `carso-train typical`, or set it to mark"
         )
     recent = _recent(bundle, settings)
-    runner: Remote | InThread
-    shown = registries(whole) if isinstance(whole, Seat) else Registries.alone()
-
-    def counting(abilities: Abilities) -> Metrics:
-        _check_abilities(abilities, settings, whole, shared=shared is not None)
-        return Metrics(
-            bundle,
-            device=settings.device,
-            provider=abilities.provider,
-            precision=abilities.precision.precision,
-            whole=whole,
-            registries=shown,
-        )
-
-    if shared is not None:
-        runner = Remote(shared, share=1 / whole.workers)
-        abilities = runner.abilities
-        metrics = counting(abilities)
-    else:
+    if shared is None:
         from carso.inference.loading import pipeline_of  # loads ONNX Runtime
 
         pipeline = pipeline_of(bundle, settings)
         abilities = pipeline.sessions.abilities
-        metrics = counting(abilities)
-        runner = InThread(pipeline, observe=metrics.step)
+    else:
+        remote = Remote(shared, share=1 / whole.workers)
+        abilities = remote.abilities
+    _check_abilities(abilities, settings, whole, shared=shared is not None)
     provider, precision = abilities.provider, abilities.precision.precision
+    shown = registries(whole) if isinstance(whole, Seat) else Registries.alone()
+    metrics = Metrics(
+        bundle, device=settings.device, provider=provider, precision=precision, whole=whole, registries=shown
+    )
     alarms = Alarms(manifest, certify_eps=settings.certify_eps, whole=whole, registry=shown.shown)
     engine = Engine(
-        runner,
+        InThread(pipeline, observe=metrics.step) if shared is None else remote,
         queue_rows={"robust": settings.queue_rows, "fast": settings.fast_queue_rows},
         whole=whole,
     )

@@ -19,7 +19,6 @@ log = logging.getLogger("carso.command")  # however this file is run
 SERVING = (["serve"], ["demo"])
 BAD_SETTING = 2
 CANNOT_START = 1
-LOST_ENGINE = 75  # as carso.workers.supervisor has it
 BACKLOG = 128  # connections that wait while the service starts
 INSTALL = "pip install 'carso[cpu]', or pip install 'carso[gpu]' for NVIDIA GPUs"
 
@@ -175,7 +174,9 @@ def _serve(settings: Any, worker: Any, *, show_page: bool) -> None:
             run(build(settings, worker.whole, worker.engine), settings, worker.sockets, worker)
     except (BundleError, CannotListen, DeviceError) as e:
         _exit(e, CANNOT_START, worker)
-    except EngineLost as e:
+    except EngineLost as e:  # which only a worker can lose
+        from carso.workers.worker import LOST_ENGINE
+
         log.warning("%s: this worker is started again", e)
         sys.exit(LOST_ENGINE)
 

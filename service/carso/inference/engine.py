@@ -37,6 +37,15 @@ class Report(NamedTuple):
     results: list[tuple[Ticket, Result]]
 
 
+class Door(NamedTuple):
+    """What a runner reports to. `report` and `failed` are called on the event loop."""
+
+    loop: asyncio.AbstractEventLoop
+    admission: Mapping[PathName, Admission]  # where what is done is settled
+    report: Callable[[Report], None]
+    failed: Callable[[BaseException], None]
+
+
 class Runner(Protocol):
     """Runs jobs, and never on the event loop itself: ``carso.inference.thread.InThread`` or
     ``carso.inference.remote.Remote``.
@@ -48,17 +57,8 @@ class Runner(Protocol):
     def busy(self) -> bool:
         """Whether it works, even if nobody waits for it any more, as far as this process knows."""
 
-    def start(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        admission: Mapping[PathName, Admission],
-        *,
-        report: Callable[[Report], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
-        """Begin to take jobs. Call this on the event loop `loop`, where `report` and `failed` are called too. What is
-        done is settled in `admission`.
-        """
+    def start(self, door: Door) -> None:
+        """Begin to take jobs. Call this on the event loop."""
 
     def give(self, tickets: list[Ticket]) -> None:
         """Take on jobs, on the event loop."""
@@ -96,7 +96,7 @@ class Engine:
     def start(self) -> None:
         """Start the runner. Call this from the event loop that will run jobs."""
         self._loop = asyncio.get_running_loop()
-        self._runner.start(self._loop, self.admission, report=self._take, failed=self._fail)
+        self._runner.start(Door(self._loop, self.admission, self._take, self._fail))
 
     async def stop(self, *, timeout: float = STOP_TIMEOUT) -> None:
         """End the runner after the step it is in; jobs still in flight fail with EngineStopped.

@@ -75,12 +75,14 @@ class Streams:
 Part = tuple[Stream, np.ndarray]  # a stream, and the array to fill with its next latents
 
 
-def sharing(threads: int) -> Callable[[Sequence[Part]], None]:
-    """Return what fills all parts of a round in as many threads, of which there are two or more.
+def drawing(threads: int) -> Callable[[Sequence[Part]], None]:
+    """Return what fills all parts of a round, in as many threads.
 
     numpy lets go of the interpreter's lock while it fills an array. No stream may be in two parts, so each is drawn by
     one thread, and its latents do not depend on how many threads there are.
     """
+    if threads == 1:
+        return _draw
     pool = ThreadPoolExecutor(threads - 1, thread_name_prefix="carso-latents")
 
     def share_out(parts: Sequence[Part]) -> None:

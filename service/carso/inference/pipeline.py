@@ -16,7 +16,7 @@ import math
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from itertools import chain, islice
 
@@ -41,7 +41,7 @@ from carso.inference.jobs import (
     Typicality,
     VotePlan,
 )
-from carso.inference.latents import Part, Stream, Streams, sharing
+from carso.inference.latents import Part, Stream, Streams, drawing
 from carso.inference.sessions import FirstPass, Sessions
 from carso.inference.typical import typicalities
 from carso.inference.vote import SMALLEST_BALLOT, StoppingRule
@@ -85,7 +85,7 @@ class Pipeline:
         # of samples and risk; bounded, because callers choose both
         self._rule = lru_cache(maxsize=128)(partial(StoppingRule, classes=classes))
         self._streams = Streams()
-        self._share_out = sharing(draw_threads) if draw_threads > 1 else None
+        self._draw = drawing(draw_threads)
         self._waiting: dict[PathName, deque[Ticket]] = {"fast": deque(), "robust": deque()}  # for their first pass
         self._open: deque[Election] = deque()
         self._voting: set[Progress] = set()  # jobs with open elections
@@ -218,9 +218,8 @@ class Pipeline:
         seedless = [ticket.job for ticket in batch if ticket.job.plan is not None and ticket.job.plan.seed is None]
         fresh = iter(_fresh_seeds(sum(len(job.images) for job in seedless)))
         finished: list[tuple[Ticket, Result | None]] = []
-        end = spared = 0
-        for ticket in batch:
-            own = range(end, end := end + len(ticket.job.images))
+        spared = 0
+        for ticket, own in _with_rows(batch):
             rows, plan = slice(own.start, own.stop), ticket.job.plan
             if FirstSeen in ticket.followed:
                 found = zip(probabilities[rows], codes[rows], strict=True)
@@ -330,9 +329,7 @@ class Pipeline:
         by a certificate.
         """
         rows: list[int] = []
-        end = 0
-        for ticket in batch:
-            own = range(end, end := end + len(ticket.job.images))
+        for ticket, own in _with_rows(batch):
             if ticket.job.path in self._typical_on:
                 rows += own if ticket.job.plan is None else [row for row in own if row in decided]
         if self._eps is None or not rows:
@@ -408,18 +405,14 @@ class Pipeline:
         eps = self._eps if "robust" in self._typical_on else None
         new = [] if eps is None else [index for index, election in enumerate(elections) if not election.cast]
         latents = np.zeros((len(code_index) + len(new), self.latent), np.float32)  # 0 for the purified images
-        shared: list[Part] = []
+        parts: list[Part] = []
         start = 0
         for election, size in zip(elections, sizes, strict=True):
             if election.latents is None:
                 election.latents = self._streams.begin(election.seed)
-            if self._share_out is None:
-                election.latents.draw(out=latents[start : start + size])
-            else:
-                shared.append((election.latents, latents[start : start + size]))
+            parts.append((election.latents, latents[start : start + size]))
             start += size
-        if self._share_out is not None:
-            self._share_out(shared)
+        self._draw(parts)
         codes = np.concatenate([election.code for election in elections])
         if eps is None or not new:
             return self.sessions.vote(codes, code_index, latents)
@@ -485,12 +478,17 @@ class Pipeline:
         return closed
 
 
+def _with_rows(batch: Iterable[Ticket]) -> Iterator[tuple[Ticket, range]]:
+    """Yield each job of a batch with the rows that its images have there."""
+    end = 0
+    for ticket in batch:
+        yield ticket, range(end, end := end + len(ticket.job.images))
+
+
 def _decided(batch: Sequence[Ticket], proven: Mapping[Ticket, Sequence[Certificate | None]]) -> set[int]:
     """Return the rows of a batch whose label a certificate decides."""
     found: set[int] = set()
-    end = 0
-    for ticket in batch:
-        own = range(end, end := end + len(ticket.job.images))
+    for ticket, own in _with_rows(batch):
         job = ticket.job
         # an explanation shows votes, so they are cast
         if job.certify is not None and job.certify.mode == "decide" and job.plan is not None and not job.explain:

@@ -9,14 +9,13 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from carso.choices import PathName
 from carso.inference.abilities import Abilities
-from carso.inference.admission import Admission
-from carso.inference.engine import Report
+from carso.inference.engine import Door, Report
 from carso.inference.jobs import Job, Kinds, News, Result, Ticket
 from carso.inference.wire import Unpacker, packed
 
@@ -85,17 +84,10 @@ class Remote:
         """As Runner."""
         return bool(self._tickets)
 
-    def start(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        admission: Mapping[PathName, Admission],
-        *,
-        report: Callable[[Report], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
+    def start(self, door: Door) -> None:
         """As Runner."""
-        self._admission, self._report, self._failed = admission, report, failed
-        self._connecting = loop.create_task(self._connect(loop))
+        self._door = door
+        self._connecting = door.loop.create_task(self._connect(door.loop))
 
     def give(self, tickets: list[Ticket]) -> None:
         """As Runner."""
@@ -108,7 +100,7 @@ class Remote:
 
     def leave(self, ticket: Ticket) -> None:
         """As Runner."""
-        self._admission[ticket.job.path].settle_all(ticket.job.rows)
+        self._door.admission[ticket.job.path].settle_all(ticket.job.rows)
         if (number := self._numbers.pop(ticket, None)) is not None:
             del self._tickets[number]
             self._send([Left(number)])
@@ -126,18 +118,18 @@ class Remote:
             self.progress = time.monotonic()
             match told:
                 case Failed(why):
-                    self._failed(EngineLost(why))
+                    self._door.failed(EngineLost(why))
                 case Told(news, results, paces):
                     for path, pace in paces.items():
-                        self._admission[path].tell_pace(pace * self._share)
+                        self._door.admission[path].tell_pace(pace * self._share)
                     found = [(self._tickets[number], each) for number, each in news if number in self._tickets]
                     ended = [(self._forget(number), each) for number, each in results if number in self._tickets]
-                    self._report(Report(found, ended))
+                    self._door.report(Report(found, ended))
 
     def lost(self) -> None:
         """Take note that the connection has ended."""
         if not self._stopped:
-            self._failed(EngineLost("the process that has the engine has ended"))
+            self._door.failed(EngineLost("the process that has the engine has ended"))
 
     def _forget(self, number: int) -> Ticket:
         ticket = self._tickets.pop(number)

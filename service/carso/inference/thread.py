@@ -6,13 +6,11 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
 from typing import Protocol, TypeVar
 
-from carso.choices import PathName
-from carso.inference.admission import Admission
-from carso.inference.engine import Report
+from carso.inference.engine import Door, Report
 from carso.inference.jobs import Step, Ticket
 from carso.inference.processors import give_way
 
@@ -50,16 +48,9 @@ class InThread:
         self._arrivals: SimpleQueue[list[Ticket] | None] = SimpleQueue()  # None: stop
         self._thread = threading.Thread(target=self._run, name="carso-engine", daemon=True)
 
-    def start(
-        self,
-        loop: asyncio.AbstractEventLoop,
-        admission: Mapping[PathName, Admission],
-        *,
-        report: Callable[[Report], None],
-        failed: Callable[[BaseException], None],
-    ) -> None:
+    def start(self, door: Door) -> None:
         """As Runner."""
-        self._loop, self._admission, self._report, self._failed = loop, admission, report, failed
+        self._door = door
         self._thread.start()
 
     def give(self, tickets: list[Ticket]) -> None:
@@ -84,16 +75,16 @@ class InThread:
                 for work in (self._pipeline.first_passes, self._pipeline.round):
                     step = work()
                     self.progress = time.monotonic()
-                    for path, admission in self._admission.items():
+                    for path, admission in self._door.admission.items():
                         admission.settle(step.settled.get(path, 0), seconds=step.seconds)
                     self._observe(step)
                     results = [(ticket, result) for ticket, result in step.finished if result is not None]
                     if results or step.news:  # the fast path's answers leave before the round
-                        self._call(self._report, Report(step.news, results))
+                        self._call(self._door.report, Report(step.news, results))
                 self.busy = self._pipeline.busy
         except BaseException as e:
             log.exception("the engine thread failed")
-            self._call(self._failed, e)
+            self._call(self._door.failed, e)
 
     def _take_arrivals(self) -> bool:
         """Admit what has arrived, after waiting for it if there is nothing else to do. False: stop."""
@@ -111,6 +102,6 @@ class InThread:
 
     def _call(self, function: Callable[[T], None], argument: T) -> None:
         try:
-            self._loop.call_soon_threadsafe(function, argument)
+            self._door.loop.call_soon_threadsafe(function, argument)
         except RuntimeError:  # the loop is closed: nobody is left to tell
             log.warning("the event loop ended before the engine")

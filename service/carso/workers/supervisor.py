@@ -28,12 +28,11 @@ from carso.board.whole import State
 from carso.http.listening import urls
 from carso.settings import Settings
 from carso.version import __version__
-from carso.workers.worker import VARIABLE
+from carso.workers.worker import LOST_ENGINE, VARIABLE
 
 log = logging.getLogger(__name__)
 
 CANNOT_START = 1
-LOST_ENGINE = 75  # exit status of a worker that had no engine to begin with (EX_TEMPFAIL of sysexits.h)
 STARTS = 3  # that fail one after the other before the whole service ends
 PAUSE = 1.0  # seconds before a start is tried again, times how many have failed
 LOOK = 1.0  # seconds between two looks at the workers

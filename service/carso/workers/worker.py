@@ -20,6 +20,7 @@ from carso.workers.placement import places, usable_nodes
 
 log = logging.getLogger(__name__)
 
+LOST_ENGINE = 75  # exit status of a worker that had no engine to begin with (EX_TEMPFAIL of sysexits.h)
 VARIABLE = "_CARSO_WORKER"  # of the environment: what a process needs to be a worker
 
 
