@@ -503,6 +503,18 @@ def test_proofs_and_what_they_decide_are_the_same_alone_and_under_mixed_load(ses
             assert (outcome.ending, outcome.tally, outcome.seed) == ("certificate", [0] * CLASSES, 0)
 
 
+@pytest.mark.parametrize("mode", ["report", "decide", "max"])
+def test_what_was_proven_of_images_is_taken_over_and_neither_computed_nor_charged_again(sessions, mode):
+    certify = Certify(mode, PROVEN)
+    once = answered(pipeline_of(sessions, round_rows=512), Job(IMAGES, plan(), certify=certify))
+    spied = Spied(sessions)
+    again = Job(IMAGES, plan(), certify=certify, proven=once.certificates)
+    assert again.rows == Job(IMAGES, plan()).rows
+    result = answered(pipeline_of(spied, round_rows=512), again)
+    assert (result.outcomes, result.certificates) == (once.outcomes, once.certificates)
+    assert "first_pass_with_bounds" not in {name for name, _ in spied.runs}
+
+
 def test_a_device_that_does_both_apart_gives_the_same_votes_and_images(sessions):
     codes = sessions.first_pass(IMAGES).codes
     latents = np.random.default_rng(2).standard_normal((40, LATENT), dtype=np.float32)

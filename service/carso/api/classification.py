@@ -23,7 +23,7 @@ from carso.inference import explanation
 from carso.inference.admission import QueueFull
 from carso.inference.duplicates import Recent
 from carso.inference.engine import Engine, EngineStopped
-from carso.inference.jobs import Certify, FirstSeen, Job, Kinds, News, Result, Standing, VotePlan
+from carso.inference.jobs import Certificate, Certify, FirstSeen, Job, Kinds, News, Result, Standing, VotePlan
 from carso.options import FastOptions, RobustOptions
 from carso.telemetry.alarms import Alarms
 from carso.telemetry.metrics import Metrics
@@ -117,14 +117,14 @@ class Classification:
         *,
         decode: float,
         sampled: bool = True,
-        seen: bool = False,
+        proven: tuple[Certificate | None, ...] | None = None,
         explain: bool = False,
         follow: Callable[[News], None] | None = None,
     ) -> Classified:
         """Answer with both passes of `images` [n, *shape] float32, which took `decode` seconds to decode.
 
         `sampled`: the images were not chosen for what they show, so that whether the paths agree on them is evidence.
-        `seen`: they had an answer of the fast path before, which has told whether they are proven.
+        `proven`: what an answer of the fast path has proven of them for these options; None: nothing was asked yet.
         `explain`: whether the result has explanations. `follow`: as of Engine.run.
 
         Raises SeedRefused, CannotCertify, DeadlineExceeded, UntypicalImage, NearDuplicate, QueueFull, ClientGone, and
@@ -135,7 +135,7 @@ class Classification:
         exchange = Exchange.of(request.scope)
         plan = VotePlan(samples=options.samples, risk=options.risk, seed=options.seed)
         deadline = None if options.deadline_ms is None else exchange.arrived + options.deadline_ms / 1e3
-        job = Job(images, plan, deadline, explain=explain, certify=self.certify(options))
+        job = Job(images, plan, deadline, explain=explain, certify=self.certify(options), proven=proven)
         result = await self._run(request, job, follow)
 
         if any(outcome.ending == "deadline" for outcome in result.outcomes):
@@ -151,7 +151,7 @@ class Classification:
         self._metrics.elections(result.outcomes, agree=agree, sampled=sampled)
         if sampled:
             self._alarms.elections(result.outcomes, agree=agree, caller=_caller(exchange))
-        if not seen:
+        if proven is None:
             self._note_proofs(exchange, job, result)
         exchange.votes = sum(outcome.votes for outcome in result.outcomes)
         exchange.agree = sum(agree)

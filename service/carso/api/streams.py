@@ -32,6 +32,7 @@ from carso.http.lines import BodyLines, Lines, gone
 from carso.http.messages import MessageLines
 from carso.http.refusals import as_request_error
 from carso.images import json_values
+from carso.inference.jobs import Certificate
 from carso.inference.thinning import Choice, Policy, Thinning
 from carso.options import RobustOptions, StreamOptions, parse
 from carso.telemetry.metrics import Metrics
@@ -289,7 +290,8 @@ class Stream:
         self._answering.metrics.frame("fast", choice)
         if choice.counted:
             await self._slots.acquire()
-            counts.create_task(self._count(request, frame, number, images, choice, decode=decode))
+            proven = classified.result.certificates
+            counts.create_task(self._count(request, frame, number, images, choice, decode=decode, proven=proven))
 
     def _choose(self, classified: Classified) -> Choice:
         *_, second, first = sorted(classified.result.probabilities[0].tolist())
@@ -308,16 +310,24 @@ class Stream:
         return found is not None and found.eps >= self._options.certify_eps
 
     async def _count(
-        self, request: Request, frame: Frame, number: int, images: np.ndarray, choice: Choice, *, decode: float
+        self,
+        request: Request,
+        frame: Frame,
+        number: int,
+        images: np.ndarray,
+        choice: Choice,
+        *,
+        decode: float,
+        proven: tuple[Certificate | None, ...] | None,
     ) -> None:
-        """Give one frame its robust answer, which holds one of the slots until it is sent."""
+        """Give one frame its robust answer, which holds a slot until it is sent. `proven`: by its fast answer."""
         options = RobustOptions.model_construct(**self._options.model_dump(include=_COUNT), seed=None)
         if frame.deadline_ms is not None:
             options = options.model_copy(update={"deadline_ms": frame.deadline_ms})
         votes = 0
         try:
             classified = await self._answering.classification.robust(
-                request, images, options, decode=decode, sampled=choice.drawn, seen=True
+                request, images, options, decode=decode, sampled=choice.drawn, proven=proven
             )
             votes = classified.result.outcomes[0].votes
             self._counted += 1

@@ -64,6 +64,8 @@ class Job:
     deadline: float | None = None  # past it, open elections end with the votes that they have
     explain: bool = False  # whether the result says what the votes were cast on; for the robust path
     certify: Certify | None = None  # None: nothing is to be proven
+    # What an earlier job has proven of the same images, as of its Result, which then is not proven again
+    proven: tuple[Certificate | None, ...] | None = None
 
     def __post_init__(self) -> None:
         if not len(self.images):
@@ -82,12 +84,14 @@ class Job:
     @property
     def first_pass_rows(self) -> int:
         """Rows of work of its first passes, and of its proofs."""
-        return len(self.images) * (1 + (self.certify.rows if self.certify else 0))
+        return len(self.images) * (1 + (self.certify.rows if self.certify and self.proven is None else 0))
 
     @property
     def bounds_at(self) -> float | None:
         """The eps of the bounds that its first passes are run with; None: without any."""
-        return None if self.certify is None or self.certify.mode == "max" else self.certify.eps
+        if self.certify is None or self.certify.mode == "max" or self.proven is not None:
+            return None
+        return self.certify.eps
 
     @property
     def votes(self) -> int:

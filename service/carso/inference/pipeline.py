@@ -289,7 +289,9 @@ class Pipeline:
         proven: dict[Ticket, tuple[Certificate | None, ...]] = {}
         searched: list[Ticket] = []
         for ticket in batch:
-            if (at := ticket.job.bounds_at) is not None:
+            if ticket.job.proven is not None:
+                proven[ticket] = ticket.job.proven
+            elif (at := ticket.job.bounds_at) is not None:
                 proven[ticket] = tuple(certificate(at, margin) for margin in islice(left, len(ticket.job.images)))
             elif ticket.job.certify is not None:
                 searched.append(ticket)
