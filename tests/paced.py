@@ -5,6 +5,7 @@ How long a count takes is a fact of the test then, and not one of the machine:
 --per-second N  casts at most N votes a second. A request for a hundred thousand votes for each of 64 images is then
                 under way for minutes on any machine.
 --failing       every vote fails, as on a device that has gone bad. The self-test at the start still passes.
+--cuda          the sessions call themselves CUDA's: tests/cuda.py says what that shows.
 
 `vary(speed)` does to this process what the variable TEST_VOTE_SPEED asks for, to see that no test depends on the
 machine: "slow" makes every vote take a hundred times as long; "fast", for servers only, gives long counts their votes
@@ -112,7 +113,12 @@ def main() -> None:
     parser.add_argument("--speed", default="")
     parser.add_argument("--per-second", type=float, default=0)
     parser.add_argument("--failing", action="store_true")
+    parser.add_argument("--cuda", action="store_true")
     ours, theirs = parser.parse_known_args()
+    if ours.cuda:
+        from tests.cuda import pretend
+
+        pretend(setattr)
     vary(ours.speed, per_second=ours.per_second, failing=ours.failing)
     from carso.command import main as command
 

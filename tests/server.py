@@ -50,20 +50,23 @@ def environment(**settings: object) -> dict[str, str]:
     return inherited | {f"CARSO_{name.upper()}": str(value) for name, value in settings.items()}
 
 
-def program(*, per_second: float = 0, failing: bool = False) -> tuple[str, ...]:
+def program(*, per_second: float = 0, failing: bool = False, cuda: bool = False) -> tuple[str, ...]:
     """Arguments of Python that start the service. With options, or at another vote speed: tests/paced.py has them."""
-    if not (per_second or failing or SPEED):
+    if not (per_second or failing or cuda or SPEED):
         return COMMAND
-    asked = ["--speed", SPEED, "--per-second", str(per_second), *(["--failing"] if failing else [])]
+    asked = ["--speed", SPEED, "--per-second", str(per_second)]
+    asked += [f"--{name}" for name, given in (("failing", failing), ("cuda", cuda)) if given]
     return ("-m", "tests.paced", *asked, "serve")
 
 
 @contextmanager
 def serving(
-    bundle: Path, log: Path, *, per_second: float = 0, failing: bool = False, **settings: object
+    bundle: Path, log: Path, *, per_second: float = 0, failing: bool = False, cuda: bool = False, **settings: object
 ) -> Iterator[Server]:
-    """A server that is ready; it is stopped at the end. `per_second` and `failing` are options of tests/paced.py."""
-    arguments = [sys.executable, *program(per_second=per_second, failing=failing)]
+    """A server that is ready; it is stopped at the end. `per_second`, `failing` and `cuda` are options of
+    tests/paced.py.
+    """
+    arguments = [sys.executable, *program(per_second=per_second, failing=failing, cuda=cuda)]
     settings = {"bundle": bundle.absolute(), "port": 0, "device": "cpu", "threads": 1, **settings}
     with log.open("wb") as stderr:
         process = subprocess.Popen(arguments, env=environment(**settings), stderr=stderr, cwd=ROOT)

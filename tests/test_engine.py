@@ -44,8 +44,18 @@ def steps() -> list[Step]:
     return []
 
 
+def engine_threads() -> set[threading.Thread]:
+    return {thread for thread in threading.enumerate() if thread.name == "carso-engine"}
+
+
 @pytest.fixture
-async def engine(pipeline, steps) -> AsyncIterator[Engine]:
+def others() -> set[threading.Thread]:
+    """Threads of engines that other tests have left."""
+    return engine_threads()
+
+
+@pytest.fixture
+async def engine(others, pipeline, steps) -> AsyncIterator[Engine]:
     engine = Engine(InThread(pipeline, observe=steps.append))
     engine.start()
     yield engine
@@ -159,7 +169,7 @@ async def test_a_device_that_fails_mid_round_fails_every_job_in_flight_and_every
     await asyncio.wait_for(engine.stop(), TIMEOUT)
 
 
-async def test_stopping_fails_the_jobs_in_flight_and_every_later_one(engine, steps):
+async def test_stopping_fails_the_jobs_in_flight_and_every_later_one(engine, steps, others):
     task = asyncio.create_task(engine.run(Job(IMAGES[:1], ENDLESS)))
     await rounds_went_by(steps, 2)
     await asyncio.wait_for(engine.stop(), TIMEOUT)
@@ -168,13 +178,13 @@ async def test_stopping_fails_the_jobs_in_flight_and_every_later_one(engine, ste
     assert not engine.alive
     with pytest.raises(EngineError, match="not running"):
         await engine.run(Job(IMAGES[:1]))
-    assert not [thread for thread in threading.enumerate() if thread.name == "carso-engine"]
+    assert engine_threads() <= others
 
 
-async def test_an_idle_engine_stops_and_twice_is_no_error(engine):
+async def test_an_idle_engine_stops_and_twice_is_no_error(engine, others):
     await asyncio.wait_for(engine.stop(), TIMEOUT)
     await asyncio.wait_for(engine.stop(), TIMEOUT)
-    assert not [thread for thread in threading.enumerate() if thread.name == "carso-engine"]
+    assert engine_threads() <= others
 
 
 async def test_an_engine_that_was_never_started_refuses_jobs_and_can_be_stopped(pipeline):

@@ -110,7 +110,7 @@ def test_the_vote_on_a_gpu_elects_the_labels_that_the_cpu_elects(bundle, session
 
 
 def test_cuda_graphs_work_in_the_thread_that_built_the_sessions_and_in_another(bundle, cpu):
-    """The engine's thread is another; CUDA's provider keeps the graphs of each thread by themselves."""
+    """CUDA's provider keeps the graphs of each thread by themselves. The service never changes threads."""
     try:
         Sessions(bundle, device="cuda")
     except DeviceError as e:

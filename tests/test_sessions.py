@@ -7,7 +7,6 @@ import ctypes
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import onnxruntime as ort
@@ -20,6 +19,7 @@ from carso.inference.processors import usable_cpus
 from carso.inference.sessions import SCORE_TOLERANCE, VOTE_TOLERANCE, Sessions
 
 from tests.bundles import COLOUR, REFERENCE, SMALL, random_images, shared_bundle
+from tests.cuda import CudaOnTheCpu, pretend
 
 
 def cuda_works() -> bool:
@@ -240,50 +240,9 @@ def test_cuda_is_told_which_products_may_be_rounded_and_those_of_first_passes_ne
     assert told == use_tf32
 
 
-class CudaOnTheCpu(ort.InferenceSession):
-    """A session that calls itself CUDA's, and notes what it is asked for."""
-
-    built: ClassVar[list[dict[str, str]]] = []  # CUDA's options
-    runs: ClassVar[list[tuple[str | None, tuple[int, ...]]]] = []  # the graph, and where the outputs are
-    broken: ClassVar[str] = ""  # what does not work: "capture" or "start"
-
-    def __init__(self, graph, options, providers):
-        ((_, cuda_options),) = providers
-        self.built.append(cuda_options)
-        if self.broken == "start" and cuda_options["enable_cuda_graph"] == "1":
-            raise RuntimeError("not all nodes are on CUDA")
-        super().__init__(graph, options, providers=[CPU])
-
-    def get_providers(self):
-        return [CUDA]
-
-    def run(self, outputs, feeds, options=None):
-        self.runs.append((graph_of(options), ()))
-        return super().run(outputs, feeds, options)
-
-    def run_with_iobinding(self, binding, options=None):
-        super().run_with_iobinding(binding, options)
-        graph = graph_of(options)
-        self.runs.append((graph, tuple(value.data_ptr() for value in binding.get_outputs())))
-        if self.broken == "capture" and graph not in (None, "-1"):
-            raise RuntimeError("operation not permitted when stream is capturing")
-
-
-def graph_of(options: ort.RunOptions) -> str | None:
-    try:
-        return options.get_run_config_entry("gpu_graph_id")
-    except RuntimeError:  # nothing is said of one
-        return None
-
-
 @pytest.fixture
-def cuda_on_the_cpu(monkeypatch, driver_but_no_cuda_libraries) -> type[CudaOnTheCpu]:
-    on_the_cpu, bind_output = ort.OrtValue.ortvalue_from_numpy, ort.IOBinding.bind_output
-    monkeypatch.setattr(ort.OrtValue, "ortvalue_from_numpy", lambda array, device: on_the_cpu(array.copy()))
-    monkeypatch.setattr(ort.IOBinding, "bind_output", lambda binding, name, device: bind_output(binding, name))
-    monkeypatch.setattr(ort, "InferenceSession", CudaOnTheCpu)
-    for name, value in (("built", []), ("runs", []), ("broken", "")):
-        monkeypatch.setattr(CudaOnTheCpu, name, value)
+def cuda_on_the_cpu(monkeypatch) -> type[CudaOnTheCpu]:
+    pretend(monkeypatch.setattr)
     return CudaOnTheCpu
 
 
@@ -291,7 +250,7 @@ def test_without_cuda_graphs_cuda_is_told_of_none(bundle, cuda_on_the_cpu):
     sessions = Sessions(bundle, device="cuda", buckets=(4, 32))
     assert not sessions.cuda_graphs
     assert [options["enable_cuda_graph"] for options in cuda_on_the_cpu.built] == ["0", "0"]
-    assert {graph for graph, _ in cuda_on_the_cpu.runs} == {None}
+    assert {run.graph for run in cuda_on_the_cpu.runs} == {None}
 
 
 def test_every_combination_of_fixed_sizes_has_a_cuda_graph_and_buffers_of_its_own(bundle, sessions, cuda_on_the_cpu):
@@ -308,8 +267,8 @@ def test_every_combination_of_fixed_sizes_has_a_cuda_graph_and_buffers_of_its_ow
         cuda_on_the_cpu.runs.clear()
         arguments = codes[:of], np.arange(rows) % of, latents[:rows]
         np.testing.assert_array_equal(replaying.vote(*arguments), sessions.vote(*arguments))
-        ((graph, buffers),) = cuda_on_the_cpu.runs  # they were captured at the start
-        seen.setdefault(graph, set()).add(buffers)
+        (run,) = cuda_on_the_cpu.runs  # they were captured at the start
+        seen.setdefault(run.graph, set()).add(run.outputs)
     assert len(seen) == 3  # 4 rows of 4 codes, 32 of 4, 32 of 32
     assert not seen.keys() & {None, "-1", "0"}
     assert all(len(buffers) == 1 for buffers in seen.values())
@@ -318,7 +277,7 @@ def test_every_combination_of_fixed_sizes_has_a_cuda_graph_and_buffers_of_its_ow
 
 def test_a_run_before_each_capture_makes_its_buffers_and_is_told_to_capture_nothing(bundle, cuda_on_the_cpu):
     Sessions(bundle, device="cuda", buckets=(4,), cuda_graphs=True)
-    graphs = [graph for graph, _ in cuda_on_the_cpu.runs]
+    graphs = [run.graph for run in cuda_on_the_cpu.runs]
     # the first pass; votes and purified images, whose ids are those of another session
     assert graphs[:6] == ["-1", "1", "-1", "1", "-1", "2"]
 
@@ -328,7 +287,7 @@ def test_a_batch_of_no_fixed_size_is_told_to_capture_nothing(bundle, sessions, c
     cuda_on_the_cpu.runs.clear()
     found = replaying.first_pass(random_images(5))
     np.testing.assert_allclose(found.codes, sessions.first_pass(random_images(5)).codes, atol=1e-6)
-    assert [graph for graph, _ in cuda_on_the_cpu.runs] == ["-1"]
+    assert [run.graph for run in cuda_on_the_cpu.runs] == ["-1"]
 
 
 def test_answers_from_cuda_graphs_are_no_views_of_their_buffers(bundle, cuda_on_the_cpu):

@@ -234,10 +234,16 @@ def test_an_engine_that_stands_still_is_killed_and_replaced(tmp_path):
         assert any("the event loop of the engine has stood still" in str(line["message"]) for line in log_of(server))
 
 
-def test_a_single_worker_can_have_an_engine_in_another_process(tmp_path):
-    with several(tmp_path / "log", workers=1, engine="shared") as server, server.client() as client:
+def test_a_single_worker_can_have_an_engine_in_another_process_whose_thread_captured_its_graphs(tmp_path):
+    """SIGHUP reads keys, and leaves the engine alone."""
+    graphs = {"cuda": True, "device": "cuda", "cuda_graphs": True}
+    with several(tmp_path / "log", workers=1, engine="shared", **graphs) as server, server.client() as client:
         assert len(workers_of(server)) == 2
-        assert as_png("/classify", client).status_code == 200
+        assert as_npy("/classify", client, VALUES, samples=1000, risk=0).status_code == 200
+        server.process.send_signal(signal.SIGHUP)
+        eventually(lambda: "SIGHUP reads the API keys again" in server.log.read_text())
+        assert as_npy("/classify", client, VALUES, samples=1000, risk=0).status_code == 200
+        assert "no CUDA graphs are used" not in server.log.read_text()
 
 
 def test_what_the_engine_cannot_start_with_is_said_once_with_its_exit_status(tmp_path):

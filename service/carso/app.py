@@ -112,7 +112,7 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
     if shared is None:
         from carso.inference.loading import pipeline_of  # loads ONNX Runtime
 
-        pipeline = pipeline_of(bundle, settings)
+        pipeline, thread = pipeline_of(bundle, settings)
         abilities = pipeline.sessions.abilities
     else:
         remote = Remote(shared, share=1 / whole.workers)
@@ -125,7 +125,7 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
     )
     alarms = Alarms(manifest, certify_eps=settings.certify_eps, whole=whole, registry=shown.shown)
     engine = Engine(
-        InThread(pipeline, observe=metrics.step) if shared is None else remote,
+        InThread(pipeline, thread=thread, observe=metrics.step) if shared is None else remote,
         queue_rows={"robust": settings.queue_rows, "fast": settings.fast_queue_rows},
         whole=whole,
     )

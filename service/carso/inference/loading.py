@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from carso.bundle import Bundle
 from carso.choices import CHECKED, CUDA
 from carso.inference.latents import DRAWERS
+from carso.inference.one_thread import OneThread
 from carso.inference.pipeline import Pipeline
-from carso.inference.processors import give_way, usable_cpus
+from carso.inference.processors import usable_cpus
 from carso.inference.sessions import Sessions
 from carso.settings import Settings
 
 
-def pipeline_of(bundle: Bundle, settings: Settings) -> Pipeline:
-    """Load the graphs of a bundle, and self-test them. Raises DeviceError."""
+def pipeline_of(bundle: Bundle, settings: Settings) -> tuple[Pipeline, OneThread]:
+    """Load the graphs of a bundle, and self-test them, in the thread that has to run them. Raises DeviceError."""
     manifest = bundle.manifest
-    with ThreadPoolExecutor(1, initializer=give_way) as builder:  # ONNX Runtime's own threads inherit its priority
-        sessions = builder.submit(
+    thread = OneThread()
+    sessions = thread.submit(
+        partial(
             Sessions,
             bundle,
             device=settings.device,
@@ -25,8 +27,9 @@ def pipeline_of(bundle: Bundle, settings: Settings) -> Pipeline:
             threads=settings.threads,
             spin=settings.spin,
             cuda_graphs=settings.cuda_graphs,
-        ).result()
-    return Pipeline(
+        )
+    ).result()
+    pipeline = Pipeline(
         sessions,
         latent=manifest.latent,
         classes=len(manifest.classes),
@@ -35,3 +38,4 @@ def pipeline_of(bundle: Bundle, settings: Settings) -> Pipeline:
         typical_on=CHECKED[settings.typical],
         draw_threads=min(DRAWERS, usable_cpus()) if sessions.provider == CUDA else 1,
     )
+    return pipeline, thread

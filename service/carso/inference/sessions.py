@@ -70,7 +70,11 @@ class BoundedFirstPass(FirstPass):
 
 
 class Sessions:
-    """The graphs of one bundle, built on one device. Not for use by two threads at once."""
+    """The graphs of one bundle, built on one device. Not for use by two threads at once.
+
+    With CUDA graphs, the thread that builds the sessions should be the one that runs them: ONNX Runtime keeps the
+    captured graphs of each thread by themselves, and would capture them again in another (docs/gpu.md).
+    """
 
     provider: str  # the execution provider really in use, as the built session tells
     precision: Choice  # of the votes
@@ -223,11 +227,12 @@ class Sessions:
                     np.zeros(rows, np.int64),
                     np.zeros((rows, manifest.latent), np.float32),
                 )
-            self.purify(
-                np.zeros((rows, manifest.code), np.float32),
-                np.zeros(rows, np.int64),
-                np.zeros((rows, manifest.latent), np.float32),
-            )
+            for images in {self._buckets[0], rows}:  # an explanation is of one image, all else of one for each row
+                self.purify(
+                    np.zeros((images, manifest.code), np.float32),
+                    np.zeros(rows, np.int64),
+                    np.zeros((rows, manifest.latent), np.float32),
+                )
 
     def _check(self, bundle: Bundle, precision: Precision) -> None:
         """The known-answer test."""

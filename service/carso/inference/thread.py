@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable
 from queue import Empty, SimpleQueue
@@ -12,7 +11,7 @@ from typing import Protocol, TypeVar
 
 from carso.inference.engine import Door, Report
 from carso.inference.jobs import Step, Ticket
-from carso.inference.processors import give_way
+from carso.inference.one_thread import OneThread
 
 log = logging.getLogger(__name__)
 
@@ -39,19 +38,27 @@ class Steps(Protocol):
 class InThread:
     """Runs the steps of a pipeline in a thread of this process: a Runner, as ``carso.inference.engine`` has it."""
 
-    def __init__(self, pipeline: Steps, *, observe: Callable[[Step], None] = lambda step: None) -> None:
-        """`observe` is called with every step, on the thread: keep it short."""
+    def __init__(
+        self,
+        pipeline: Steps,
+        *,
+        thread: OneThread | None = None,
+        observe: Callable[[Step], None] = lambda step: None,
+    ) -> None:
+        """`thread`: the one in which the pipeline's sessions were built; None: they may run in any, so a new one.
+        `observe` is called with every step, on the thread: keep it short.
+        """
         self.progress = 0.0
         self.busy = False  # the thread is in a step, or between two
         self._pipeline = pipeline
         self._observe = observe
         self._arrivals: SimpleQueue[list[Ticket] | None] = SimpleQueue()  # None: stop
-        self._thread = threading.Thread(target=self._run, name="carso-engine", daemon=True)
+        self._thread = thread or OneThread()
 
     def start(self, door: Door) -> None:
         """As Runner."""
         self._door = door
-        self._thread.start()
+        self._thread.submit(self._run)
 
     def give(self, tickets: list[Ticket]) -> None:
         """As Runner."""
@@ -63,13 +70,11 @@ class InThread:
     async def stop(self, timeout: float) -> None:
         """As Runner."""
         self._arrivals.put(None)
-        await asyncio.to_thread(self._thread.join, timeout)
-        if self._thread.is_alive():
+        if not await asyncio.to_thread(self._thread.end, timeout):
             log.error("the engine has been in one step for %g s, and is left behind", timeout)
 
     def _run(self) -> None:
         try:
-            give_way()
             while self._take_arrivals():
                 self.busy = True
                 for work in (self._pipeline.first_passes, self._pipeline.round):

@@ -177,7 +177,7 @@ def run(settings: Settings, worker: Worker) -> None:
     Raises BundleError, DeviceError, SettingsError.
     """
     bundle = Bundle.load(settings.bundle, key=public_key(settings))
-    pipeline = pipeline_of(bundle, settings)
+    pipeline, thread = pipeline_of(bundle, settings)
     abilities = pipeline.sessions.abilities
     metrics = Metrics(
         bundle,
@@ -187,5 +187,5 @@ def run(settings: Settings, worker: Worker) -> None:
         whole=worker.whole,
         registries=registries(worker.whole),
     )
-    engine = Engine(InThread(pipeline, observe=metrics.step))
+    engine = Engine(InThread(pipeline, thread=thread, observe=metrics.step))
     asyncio.run(_serve(worker, engine, abilities, watchdog=settings.watchdog_s))
