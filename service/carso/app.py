@@ -14,9 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from carso.api import docs, open_inference, openapi, operations, page
@@ -32,17 +30,17 @@ from carso.board.whole import Whole
 from carso.bundle import Bundle, BundleError
 from carso.choices import CHECKED, CUDA, PathName
 from carso.errors import RequestError
+from carso.http.direct import Direct
 from carso.http.envelope import Bodies, Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
-from carso.http.refusals import refuse
+from carso.http.refusals import EXPECTED, refuse
 from carso.http.server import Service
 from carso.images.media_types import MEDIA_TYPES
 from carso.images.reader import Reader
 from carso.inference.abilities import Abilities
-from carso.inference.admission import QueueFull
 from carso.inference.canary import Canary
 from carso.inference.duplicates import Recent
-from carso.inference.engine import Engine, EngineError
+from carso.inference.engine import Engine
 from carso.inference.jobs import Outcome, VotePlan
 from carso.inference.remote import Remote
 from carso.inference.runtime import check_runtime
@@ -250,8 +248,9 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
         keyless |= page.paths()
     # FastAPI's own way to do it
     app.openapi = openapi.documented(app, keys=keys is not None, but=keyless)  # type: ignore[method-assign]
-    for kind in (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException):
+    for kind in EXPECTED:
         app.add_exception_handler(kind, refuse)
+    app.add_middleware(Direct, endpoints=openapi.direct(app))
     bodies = Bodies(settings.bodies_bytes, whole)
     origins = settings.cors_origins.split(",") if settings.cors_origins else []
     app.add_middleware(

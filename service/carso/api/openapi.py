@@ -23,6 +23,7 @@ from carso.images.media_types import IMAGE_TYPES, JSON, MULTIPART, NDJSON, NPY
 from carso.options import MAX_DEADLINE_MS, FastOptions
 
 Errors = tuple[type[e.RequestError], ...]
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 ROBUST_ERRORS: Errors = (e.SeedRefused, e.DeadlineExceeded)
 SHOWN_ERRORS: Errors = (e.EvidenceWithheld,)  # for what the votes were, or are
@@ -114,17 +115,18 @@ _RETRIED = ("429", "503")
 
 
 class _DirectRoute(APIRoute):
-    """A route whose handler takes the request and returns the response itself, with no dependencies to solve."""
+    """An endpoint that ``carso.http.direct`` calls. FastAPI documents it, and refuses other methods than POST."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
-        handler: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
-        return handler
+
+def direct(app: FastAPI) -> dict[str, Handler]:
+    """Return the endpoints that are to be called directly, by path."""
+    return {route.path: route.endpoint for route in app.routes if isinstance(route, _DirectRoute)}
 
 
 def add_endpoint(
     app: FastAPI,
     path: str,
-    handler: Callable[[Request], Coroutine[Any, Any, Response]],
+    handler: Handler,
     *,
     summary: str,
     answer: type[BaseModel],
@@ -154,7 +156,7 @@ def add_endpoint(
 def add_stream(
     app: FastAPI,
     path: str,
-    handler: Callable[[Request], Coroutine[Any, Any, Response]],
+    handler: Handler,
     *,
     options: type[FastOptions],
     spec: InputSpec,

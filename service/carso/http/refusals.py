@@ -19,6 +19,9 @@ from carso.inference.engine import EngineDead, EngineError, EngineStopped
 
 log = logging.getLogger(__name__)
 
+# What requests may end in without a fault of the service's own
+EXPECTED = (RequestError, EngineError, QueueFull, ClientDisconnect, HTTPException)
+
 _CLOSING = {"connection": "close"}  # what follows on the connection cannot be trusted
 _HEADERS: dict[type[RequestError], dict[str, str]] = {
     errors.MalformedRequest: _CLOSING,
