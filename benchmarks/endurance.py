@@ -59,10 +59,6 @@ WARM_UP, LONG_WARM_UP = 60.0, 180.0  # seconds of a process's life that its slop
 CLIENTS = {"without retries": 0, "with retries": 3}
 
 
-class Starved(Exception):  # noqa: N818  of processor time
-    """The load generator does not get the time that it needs."""
-
-
 @dataclass(frozen=True)
 class Expected:
     """An image, and the answer that it must get."""
@@ -149,7 +145,8 @@ async def capacity(url: str, drawn: Iterator[Expected], *, seconds: float) -> fl
 async def offer(callers: Sequence[Caller], drawn: Iterator[Expected], *, rate: float, seconds: float) -> list[float]:
     """Send by a Poisson schedule to the callers in turn, wait for all that was sent, and return the lateness of each.
 
-    Latencies count from the scheduled time, so a late generator is charged to the service. Raises Starved.
+    Latencies count from the scheduled time, so a late generator is charged to the service. One that is too late ends
+    the benchmark: a task group passes SystemExit on as it is, and wraps any other exception.
     """
     chance, lateness, turn = random.Random(1), [], 0
     due = time.monotonic()
@@ -162,7 +159,7 @@ async def offer(callers: Sequence[Caller], drawn: Iterator[Expected], *, rate: f
                 await asyncio.sleep(0)  # a late generator must not keep the answers waiting
             lateness.append(time.monotonic() - due)
             if lateness[-1] > TOO_LATE:
-                raise Starved(
+                raise SystemExit(
                     f"the generator is {lateness[-1]:.0f} s late, so the service is not what is measured: keep other "
                     "programs off this processor, or raise --attacks, which makes fewer requests as much work"
                 )

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
+from itertools import repeat
+
 import httpx
 import numpy as np
 import pytest
 
+from benchmarks import endurance
 from benchmarks.growth import HOUR, Sample, between, within
 from benchmarks.outcomes import Account, Attempt, Cause, Kill, Outcome, Restart, cause_of, outcome_of
 from benchmarks.servers import free_port
@@ -99,3 +104,17 @@ def test_growth_from_life_to_life_is_found_where_no_life_grows():
 def test_too_few_minutes_have_no_slope():
     assert np.isnan(within(grown(begins=[0], per_hour=0, seconds=150), warm_up=60).per_hour)
     assert between([], warm_up=60).processes == 0
+
+
+class KeepsTheProcessor:
+    """A caller beside whom the generator gets no time."""
+
+    async def call(self, expected, *, due):
+        time.sleep(0.02)
+        await asyncio.sleep(60)
+
+
+def test_a_generator_that_gets_too_little_time_ends_the_benchmark_with_one_line(monkeypatch):
+    monkeypatch.setattr(endurance, "TOO_LATE", 0.01)
+    with pytest.raises(SystemExit, match="keep other programs off this processor, or raise --attacks"):
+        asyncio.run(endurance.offer([KeepsTheProcessor()], repeat(None), rate=1e4, seconds=60))
