@@ -20,6 +20,7 @@ from carso.bundle import Bundle
 from carso.errors import NotReady, Overloaded
 from carso.http import keys
 from carso.http.keys import SAVED_UP, ApiKeys, BadKeys, Caller
+from carso.inference.abilities import Abilities, Choice
 from carso.inference.admission import Admission, QueueFull
 from carso.inference.engine import Engine
 from carso.inference.thread import InThread
@@ -43,6 +44,7 @@ from carso.board.seat import Board, Seat
 board = Board(Memory(int(sys.argv[1])))
 whole = Seat(board, int(sys.argv[2]))
 """
+NOTHING = Abilities("none", Choice("float32", "there is no engine"), unproven="there is no engine")
 
 
 @pytest.fixture
@@ -176,13 +178,15 @@ def test_parts_belong_to_a_worker_and_go_with_it(board, seats):
     for name in PARTS:
         one.part(name).mine += 3
         other.part(name).mine += 4
-        assert one.part(name).each() == other.part(name).each() == [3, 4]
+        assert one.part(name).each() == other.part(name).each() == [3, 4, 0]
     board.take(1, 4711)
     board.set_state(1, State.READY)
     assert (other.others(State.READY), one.others(State.READY)) == (1, 0)
     assert 4711 in board.processes()
     board.clear(1, cpu=1.5, replaced=True)
-    assert [other.part(name).each() for name in PARTS] == [[0, 4]] * len(PARTS)
+    assert [other.part(name).each() for name in PARTS] == [[0, 4, 0]] * len(PARTS)
+    Seat(board, board.engine).part("canary_asked").mine = 5  # the process of an engine that all share
+    assert other.part("canary_asked").each() == [0, 4, 5]
     assert (board.states(), board.restarts, board.cpu_of_the_dead) == ([State.DEAD, State.DEAD], 1, 1.5)
     assert board.processes() == [os.getpid()]
 
@@ -265,9 +269,7 @@ def test_evidence_of_all_workers_is_one_test(seats):
 
 
 def metrics_of(whole: Seat) -> Metrics:
-    bundle = Bundle.load(shared_bundle(SMALL))
-    shown = registries(whole)
-    return Metrics(bundle, device="cpu", provider="none", precision="float32", whole=whole, registries=shown)
+    return Metrics(Bundle.load(shared_bundle(SMALL)), NOTHING, device="cpu", whole=whole, registries=registries(whole))
 
 
 def test_every_worker_shows_the_sum_and_a_worker_that_takes_a_place_counts_on(board, seats):
@@ -315,7 +317,7 @@ def test_a_page_of_workers_is_the_page_of_one_process(seats):
         return {f.name: (f.type, f.documentation) for f in found if f.samples}
 
     bundle = Bundle.load(shared_bundle(SMALL))
-    alone = families(Metrics(bundle, device="cpu", provider="none", precision="float32"))
+    alone = families(Metrics(bundle, NOTHING, device="cpu"))
     of_workers = families(metrics_of(seats[0]))
     apart = {name for name in alone.keys() ^ of_workers.keys() if not name.startswith("python_gc")}
     assert apart == {"carso_workers", "carso_worker_restarts"}

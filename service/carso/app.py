@@ -27,9 +27,8 @@ from carso.api.streams import PATH as STREAM
 from carso.api.streams import Answering, Bounds, Streams
 from carso.board.seat import Seat
 from carso.board.whole import Whole
-from carso.bundle import Bundle, BundleError
+from carso.bundle import Bundle
 from carso.choices import CHECKED, CUDA, PathName
-from carso.errors import RequestError
 from carso.http.direct import Direct
 from carso.http.envelope import Bodies, Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
@@ -38,7 +37,7 @@ from carso.http.server import Service
 from carso.images.media_types import MEDIA_TYPES
 from carso.images.reader import Reader
 from carso.inference.abilities import Abilities
-from carso.inference.canary import Canary
+from carso.inference.canary import Canary, canary_of, canary_ratio
 from carso.inference.duplicates import Recent
 from carso.inference.engine import Engine
 from carso.inference.jobs import Outcome, VotePlan
@@ -47,13 +46,11 @@ from carso.inference.runtime import check_runtime
 from carso.inference.shadow import Shadow
 from carso.inference.thread import InThread
 from carso.options import ExplainedOptions, RobustOptions, StreamOptions, fast_options, robust_options
-from carso.samples import SAMPLES
 from carso.settings import Settings, SettingsError
 from carso.signing import PublicKey, public_key
 from carso.telemetry.alarms import Alarms
 from carso.telemetry.metrics import Metrics
 from carso.telemetry.probes import PROBES, Lifecycle, Probes
-from carso.telemetry.registries import Registries
 from carso.telemetry.workers import registries
 from carso.version import __version__
 
@@ -117,10 +114,8 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
         abilities = remote.abilities
     _check_abilities(abilities, settings, whole, shared=shared is not None)
     provider, precision = abilities.provider, abilities.precision.precision
-    shown = registries(whole) if isinstance(whole, Seat) else Registries.alone()
-    metrics = Metrics(
-        bundle, device=settings.device, provider=provider, precision=precision, whole=whole, registries=shown
-    )
+    shown = registries(whole)
+    metrics = Metrics(bundle, abilities, device=settings.device, whole=whole, registries=shown)
     alarms = Alarms(manifest, certify_eps=settings.certify_eps, whole=whole, registry=shown.shown)
     engine = Engine(
         InThread(pipeline, thread=thread, observe=metrics.step) if shared is None else remote,
@@ -130,9 +125,9 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
     lifecycle = Lifecycle()
     probes = Probes(engine, lifecycle, watchdog=settings.watchdog_s, whole=whole)
     metrics.watch(admission=engine.admission, is_ready=lambda: probes.is_ready)
-    canary = _canary(bundle, engine, whole, every=settings.canary_s)
-    if canary is not None:
-        metrics.watch_canary(lambda: canary.ratio)
+    canary = canary_of(bundle, engine, every=settings.canary_s, whole=whole) if shared is None else None
+    if bundle.samples is not None and settings.canary_s:  # also where another process asks
+        metrics.watch_canary(partial(canary_ratio, whole))
     pool = ThreadPoolExecutor(settings.decode_threads, thread_name_prefix="carso-decode")
     served: dict[str, object] = {"bundle": bundle_name(bundle), "provider": provider}
     app = FastAPI(
@@ -316,22 +311,6 @@ def _recent(bundle: Bundle, settings: Settings) -> Recent | None:
             "does not say how near a near-duplicate is. Add that with `carso-train duplicates`, or set it to off"
         )
     return Recent(distance=manifest.near_duplicates.distance, code=manifest.code)
-
-
-def _canary(bundle: Bundle, engine: Engine, whole: Whole, *, every: float) -> Canary | None:
-    """Return what watches the bundle's samples. None: there are none, or `every` is 0. Raises BundleError."""
-    if bundle.samples is None or not every:
-        return None
-    _, height, width = bundle.manifest.input.shape
-    reader = Reader(bundle.manifest.input, max_images=1, max_pixels=height * width)
-    images = []
-    for sample in bundle.samples.images:
-        try:
-            images.append((sample, reader.read([bundle.sample_files[sample.file]])[0]))
-        except RequestError as e:
-            path = bundle.folder / SAMPLES / sample.file
-            raise BundleError(f"{path} cannot be classified: {e}. Make it again with: carso-train samples") from None
-    return Canary(engine, images, votes=bundle.manifest.samples, risk=bundle.samples.risk, every=every, whole=whole)
 
 
 def _lifespan(

@@ -246,7 +246,7 @@ class _SharedPart:
     def __init__(self, board: Board, worker: int, name: str) -> None:
         self._doubles = board.memory.doubles
         self._mine = board._part_at(worker, name)
-        self._each = [board._part_at(other, name) for other in range(1, board.workers + 1)]
+        self._each = [board._part_at(other, name) for other in range(1, board.engine + 1)]
 
     @property
     def mine(self) -> float:

@@ -14,7 +14,8 @@ from typing import Protocol
 
 Numbers = tuple[float, ...]
 
-# Every number of which each worker has a part. Those that count rows and jobs are there for each path.
+# Every number of which each worker has a part, and so has the process of a shared engine. Those that count rows and
+# jobs are there for each path.
 PARTS = (
     *(f"{path}_{name}" for path in ("fast", "robust") for name in ("admitted", "settled", "jobs", "pace")),
     "bodies",  # bytes of bodies in flight
@@ -44,7 +45,7 @@ class Part(Protocol):
     mine: float
 
     def each(self) -> list[float]:
-        """Return the parts of all workers."""
+        """Return the parts of all workers, and last that of the process of an engine which they share."""
 
 
 class Cell(Protocol):

@@ -11,12 +11,46 @@ from math import nan
 import numpy as np
 
 from carso.board.whole import Whole
+from carso.bundle import Bundle, BundleError
+from carso.errors import RequestError
+from carso.images.reader import Reader
 from carso.inference.admission import QueueFull
 from carso.inference.engine import Engine, EngineError
 from carso.inference.jobs import Job, VotePlan
-from carso.samples import Sample
+from carso.samples import SAMPLES, Sample
 
 log = logging.getLogger(__name__)
+
+ASKED, RIGHT = "canary_asked", "canary_right"  # parts of the whole: samples asked so far, and those answered rightly
+
+
+def canary_of(bundle: Bundle, engine: Engine, *, every: float, whole: Whole) -> Canary | None:
+    """Return what asks the engine about the bundle's samples, one each `every` seconds, and notes what comes of them in
+    the `whole`. None: there are no samples, or `every` is 0.
+
+    Run it in the process of the engine: only there, all its work shows. Raises BundleError.
+    """
+    if bundle.samples is None or not every:
+        return None
+    _, height, width = bundle.manifest.input.shape
+    reader = Reader(bundle.manifest.input, max_images=1, max_pixels=height * width)
+    images = []
+    for sample in bundle.samples.images:
+        try:
+            images.append((sample, reader.read([bundle.sample_files[sample.file]])[0]))
+        except RequestError as e:
+            path = bundle.folder / SAMPLES / sample.file
+            raise BundleError(f"{path} cannot be classified: {e}. Make it again with: carso-train samples") from None
+    return Canary(engine, images, votes=bundle.manifest.samples, risk=bundle.samples.risk, every=every, whole=whole)
+
+
+def canary_ratio(whole: Whole) -> float:
+    """Return the share of the samples asked so far whose last answer was right; not a number before the first.
+
+    A sample counts once for each engine that was asked.
+    """
+    asked = sum(whole.part(ASKED).each())
+    return sum(whole.part(RIGHT).each()) / asked if asked else nan
 
 
 class Canary:
@@ -34,26 +68,16 @@ class Canary:
         votes: int,
         risk: float,
         every: float,
-        whole: Whole | None = None,
+        whole: Whole,
     ) -> None:
         """`samples` with their images [*shape] float32. `votes`: asked for. `every`: seconds between two samples.
-        `whole`: the service whose workers each ask their own engine; None: this process alone.
+        `whole`: the service whose engine this is, or one of them; what comes of the samples is noted there.
         """
         self._engine = engine
         self._samples = [(sample, image) for sample, image in samples if sample.robust_right]
         self._votes, self._risk, self._every = votes, risk, every
         self._right: dict[str, bool] = {}  # the last answer to each sample, by its file
-        whole = whole or Whole()
-        self._asked_of_all, self._right_of_all = whole.part("canary_asked"), whole.part("canary_right")
-
-    @property
-    def ratio(self) -> float:
-        """The share of the samples asked so far whose last answer was right; not a number before the first.
-
-        A sample counts once for each worker that was asked.
-        """
-        asked = sum(self._asked_of_all.each())
-        return sum(self._right_of_all.each()) / asked if asked else nan
+        self._asked_of_all, self._right_of_all = whole.part(ASKED), whole.part(RIGHT)
 
     async def run(self) -> None:
         """Ask until cancelled, or until the engine ends. A turn in which the engine has other work is left out."""

@@ -10,7 +10,8 @@ from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics
 
 from carso.board.whole import Part, Whole
 from carso.bundle import Bundle
-from carso.choices import CUDA, Device, PathName, Precision
+from carso.choices import CUDA, Device, PathName
+from carso.inference.abilities import Abilities
 from carso.inference.admission import Admission
 from carso.inference.jobs import Ending, Outcome, Result, Spared, Step
 from carso.inference.thinning import Choice, Reason
@@ -41,15 +42,14 @@ class Metrics:
     def __init__(
         self,
         bundle: Bundle,
+        abilities: Abilities,
         *,
         device: Device,
-        provider: str,
-        precision: Precision,
         whole: Whole | None = None,
         registries: Registries | None = None,
     ) -> None:
-        """`device` is what was asked for, `provider` what is in use. `whole` and `registries`: those of the service
-        that is shown; None: this process is alone.
+        """`abilities`: of the engine that runs the bundle. `device`: what was asked for. `whole` and `registries`:
+        those of the service that is shown; None: this process is alone.
         """
         self._whole = whole or Whole()
         registries = registries or Registries.alone()
@@ -170,6 +170,7 @@ class Metrics:
             registry=self._registry,
         )
         manifest = bundle.manifest
+        provider, precision = abilities.provider, abilities.precision.precision
         build.labels(__version__, manifest.name, manifest.version, bundle.checksum, device, provider, precision).set(1)
         if provider == CUDA and (gpus := Gpus.find()):
             self._registry.register(gpus)

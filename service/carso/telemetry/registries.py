@@ -12,7 +12,7 @@ from prometheus_client.process_collector import ProcessCollector
 
 @dataclass(frozen=True, slots=True)
 class Registries:
-    """For a service that is one process, `alone` makes them; ``carso.telemetry.workers`` for one with workers."""
+    """``carso.telemetry.workers`` makes them for a service with workers, and `alone` for one that is one process."""
 
     shown: CollectorRegistry  # what a scrape shows
     counting: CollectorRegistry  # of counters and histograms; those of workers are shown by another collector

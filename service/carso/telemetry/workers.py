@@ -10,22 +10,25 @@ from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.registry import Collector
 
 from carso.board.seat import Board, Seat
-from carso.board.whole import State
+from carso.board.whole import State, Whole
 from carso.telemetry.counted import Counted, kinds
 from carso.telemetry.processes import Processes
 from carso.telemetry.registries import Registries
 
 
-def registries(seat: Seat) -> Registries:
-    """Return where a worker registers its metrics.
+def registries(whole: Whole) -> Registries:
+    """Return where a process registers its metrics: those of a process that is alone, or of a worker.
 
-    They show nothing of the interpreter's garbage collector, whose counts are those of one process.
+    Those of a worker show nothing of the interpreter's garbage collector, whose counts are those of one process.
     """
+    if not isinstance(whole, Seat):
+        return Registries.alone()
+    board = whole.board
     shown = CollectorRegistry()
     PlatformCollector(registry=shown)
-    for of_all in (Processes(seat.board), Counted(seat.board.series), _Workers(seat.board)):
+    for of_all in (Processes(board), Counted(board.series), _Workers(board)):
         shown.register(of_all)
-    counter, histogram = kinds(seat.board.memory, seat.board.series[seat.number - 1])
+    counter, histogram = kinds(board.memory, board.series[whole.number - 1])
     return Registries(shown, CollectorRegistry(), counter, histogram)
 
 

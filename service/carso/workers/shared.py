@@ -14,6 +14,7 @@ from carso.board.whole import State
 from carso.bundle import Bundle
 from carso.choices import PathName
 from carso.inference.abilities import Abilities
+from carso.inference.canary import Canary, canary_of
 from carso.inference.engine import Engine, EngineError
 from carso.inference.jobs import News, Result
 from carso.inference.loading import pipeline_of
@@ -133,7 +134,9 @@ class _Connection(asyncio.Protocol):
             self._link.abort()
 
 
-async def _serve(worker: Worker, engine: Engine, abilities: Abilities, *, watchdog: float) -> None:
+async def _serve(
+    worker: Worker, engine: Engine, abilities: Abilities, canary: Canary | None, *, watchdog: float
+) -> None:
     """Run the engine for the workers whose connections the supervisor sends, until it says to end.
 
     If the supervisor is gone, this ends with the last worker. It ends too if the engine fails, or is stuck for more
@@ -158,6 +161,7 @@ async def _serve(worker: Worker, engine: Engine, abilities: Abilities, *, watchd
         return State.FAILED if not engine.alive or engine.stalled(watchdog) else State.READY
 
     engine.start()
+    watching = None if canary is None else loop.create_task(canary.run())
     served: dict[str, object] = {"provider": abilities.provider, "precision": abilities.precision.precision}
     worker.begin(served=served, state=state, reload=lambda: None, stop=lose, take=take)
     while not over.is_set() and worker.goes_on():
@@ -168,6 +172,8 @@ async def _serve(worker: Worker, engine: Engine, abilities: Abilities, *, watchd
             await asyncio.wait_for(over.wait(), LOOK)
         except TimeoutError:
             continue
+    if watching is not None:
+        watching.cancel()
     await engine.stop()
 
 
@@ -179,13 +185,8 @@ def run(settings: Settings, worker: Worker) -> None:
     bundle = Bundle.load(settings.bundle, key=public_key(settings))
     pipeline, thread = pipeline_of(bundle, settings)
     abilities = pipeline.sessions.abilities
-    metrics = Metrics(
-        bundle,
-        device=settings.device,
-        provider=abilities.provider,
-        precision=abilities.precision.precision,
-        whole=worker.whole,
-        registries=registries(worker.whole),
-    )
+    whole = worker.whole
+    metrics = Metrics(bundle, abilities, device=settings.device, whole=whole, registries=registries(whole))
     engine = Engine(InThread(pipeline, thread=thread, observe=metrics.step))
-    asyncio.run(_serve(worker, engine, abilities, watchdog=settings.watchdog_s))
+    canary = canary_of(bundle, engine, every=settings.canary_s, whole=whole)
+    asyncio.run(_serve(worker, engine, abilities, canary, watchdog=settings.watchdog_s))
