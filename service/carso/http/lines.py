@@ -81,6 +81,7 @@ class BodyLines:
             (b"x-accel-buffering", b"no"),  # nginx would hold the answer back
         ]
         await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": b"", "more_body": True})  # the head waits for it
         await self._connected.__aenter__()
 
     async def __aexit__(

@@ -14,6 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from carso.errors import HeadTooLarge, MalformedRequest, RequestError
 from carso.http.exchange import ABORT, UNTIMED
+from carso.http.joined import Joined
 from carso.http.upgrades import SteadfastParser
 
 NOT_HTTP = "this is not an HTTP/1.1 request: use an HTTP client"
@@ -81,7 +82,10 @@ def bounded(
             if hosts > 1 or (not hosts and self.parser.get_http_version() == "1.1"):
                 self._malformed = f"a request of HTTP/1.1 has one header Host, and this one has {hosts}: send one"
                 raise httptools.HttpParserError(self._malformed)  # which uvicorn answers by send_400_response
+            earlier = self.cycle
             super().on_headers_complete()
+            if self.cycle is not earlier and self.cycle.scope["method"] != "HEAD":  # uvicorn begins it in a later turn
+                self.cycle.transport = Joined(self.cycle)  # type: ignore[assignment]
 
         def on_body(self, body: bytes) -> None:
             self._head = 0
