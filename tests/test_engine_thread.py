@@ -18,6 +18,7 @@ from carso.settings import Settings
 from tests.bundles import SMALL, shared_bundle
 from tests.calls import VALUES
 from tests.cuda import NO_GRAPH, CudaOnTheCpu, pretend
+from tests.lifespan import started
 from tests.waiting import PATIENCE
 
 GRAPHS = {"device": "cuda", "cuda_graphs": True}
@@ -36,7 +37,7 @@ def cuda(monkeypatch) -> type[CudaOnTheCpu]:
 async def in_process(**settings: object) -> AsyncIterator[httpx.AsyncClient]:
     app = build(Settings(bundle=shared_bundle(SMALL), threads=1, canary_s=0, **settings)).app
     async with (
-        app.router.lifespan_context(app),
+        started(app),
         httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://carso", timeout=PATIENCE) as client,
     ):
         yield client

@@ -4,9 +4,16 @@ from __future__ import annotations
 
 import time
 
+import httpx
 import pytest
+from carso.app import build
+from carso.images.reader import Reader
+from carso.settings import Settings
+from carso.telemetry.metrics import Metrics
 
+from tests.bundles import SMALL, shared_bundle
 from tests.calls import PNG, as_png, logged, refused, sample, under_way
+from tests.lifespan import started
 from tests.waiting import comes_to, eventually
 
 
@@ -104,3 +111,24 @@ def test_probes_are_not_logged_and_a_trace_is_named(client, server):
     traced = logged(server, "traced", lines=3)
     assert [line["endpoint"] for line in traced] == ["/info"] * 3
     assert [line.get("trace_id") for line in traced] == [trace, None, None]
+
+
+@pytest.mark.parametrize(
+    ("kind", "part", "method", "path"),
+    [(Reader, "read", "POST", "/classify/fast"), (Metrics, "page", "GET", "/metrics")],
+    ids=["an endpoint called directly", "an endpoint of FastAPI"],
+)
+async def test_a_fault_is_answered_as_any_error_and_logged_once(monkeypatch, caplog, kind, part, method, path):
+    def fails(*_: object) -> None:
+        raise KeyError("secret")
+
+    monkeypatch.setattr(kind, part, fails)
+    app = build(Settings(bundle=shared_bundle(SMALL), device="cpu", threads=1, canary_s=0)).app
+    async with (
+        started(app),
+        httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://carso") as client,
+    ):
+        answer = await client.request(method, path, content=PNG)
+    assert "secret" not in refused(answer, 500, "internal_error")
+    failed = [record for record in caplog.records if record.message == "request failed"]
+    assert [record.fields["request_id"] for record in failed] == [answer.headers["x-request-id"]]

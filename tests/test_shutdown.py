@@ -21,6 +21,7 @@ from carso.settings import Settings, SettingsError
 
 from tests.bundles import SMALL, copy_of, shared_bundle
 from tests.calls import BATCH, ENDLESS, FEW, PNG, VALUES, as_npy, as_png, in_flight, request, sample, started_body
+from tests.lifespan import started
 from tests.paced import building
 from tests.server import COMMAND, Server, environment, serving
 from tests.signals import catches
@@ -217,7 +218,7 @@ async def test_work_that_ends_with_the_service_is_counted(monkeypatch):
     service = build(Settings(bundle=shared_bundle(SMALL), device="cpu", threads=1, **limits))
     to_app = httpx.ASGITransport(service.app)
     async with (
-        service.app.router.lifespan_context(service.app),
+        started(service.app),
         httpx.AsyncClient(transport=to_app, base_url="http://carso") as client,
     ):
         waiting = asyncio.create_task(client.post("/classify", json={"images": BATCH.tolist(), **ENDLESS}))
@@ -253,7 +254,7 @@ async def test_an_engine_that_fails_in_a_round_fails_requests_and_liveness(monke
     app = build(Settings(bundle=shared_bundle(SMALL), device="cpu", threads=1)).app
     to_app = httpx.ASGITransport(app)
     async with (
-        app.router.lifespan_context(app),
+        started(app),
         httpx.AsyncClient(transport=to_app, base_url="http://carso") as client,
     ):
         assert (await client.get("/livez")).status_code == 200

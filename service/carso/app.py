@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from carso.api import docs, open_inference, openapi, operations, page
 from carso.api.answers import CERTIFICATE, DeviceInfo, Info, Limits, bundle_info, bundle_name
@@ -32,7 +32,7 @@ from carso.choices import CHECKED, CUDA, PathName
 from carso.http.direct import Direct
 from carso.http.envelope import Bodies, Envelope, unread
 from carso.http.keys import ApiKeys, BadKeys
-from carso.http.refusals import EXPECTED, refuse
+from carso.http.refusals import EXPECTED, fail, refuse
 from carso.http.server import Service
 from carso.images.media_types import MEDIA_TYPES
 from carso.images.reader import Reader
@@ -147,7 +147,6 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
         redoc_url=None,
         generate_unique_id_function=openapi.operation_id,
         redirect_slashes=False,  # a redirect would repeat the Host that the client sent, and forget https
-        root_path=settings.root_path,
         telemetry={"tracing": False, "metrics": False, "logs": False},  # ours does this
     )
     defaults: dict[str, Any] = {"certify": settings.certify, "certify_eps": settings.certify_eps}
@@ -243,13 +242,14 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
         keyless |= page.paths()
     # FastAPI's own way to do it
     app.openapi = openapi.documented(app, keys=keys is not None, but=keyless)  # type: ignore[method-assign]
+    app.add_exception_handler(Exception, fail)
     for kind in EXPECTED:
         app.add_exception_handler(kind, refuse)
-    app.add_middleware(Direct, endpoints=openapi.direct(app))
     bodies = Bodies(settings.bodies_bytes, whole)
     origins = settings.cors_origins.split(",") if settings.cors_origins else []
-    app.add_middleware(
-        Envelope,
+    # Around all of FastAPI. What add_middleware gets has FastAPI's own layers around it, which take time.
+    around: ASGIApp = Envelope(
+        Direct(app, endpoints=openapi.direct(app)),
         max_body_bytes=settings.max_body_bytes,
         bodies=bodies,
         receive_timeout=settings.receive_timeout_s,
@@ -263,17 +263,19 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
     )
     grpc = _grpc(settings, models, probes, keys=keys, bodies=bodies, metrics=metrics)
     if tracing:
-        app.add_middleware(tracing.around)
+        around = tracing.around(around)
     if origins:
-        app.add_middleware(
-            CORSMiddleware,  # outermost: a browser's preflight carries no key
+        around = CORSMiddleware(
+            around,  # a browser's preflight carries no key
             allow_origins=origins,
             allow_methods=("GET", "HEAD", "POST"),
             allow_headers=("*",),
             expose_headers=("X-Request-ID", "Retry-After"),
         )
+    if settings.root_path:
+        around = _below(settings.root_path, around)
     return Service(
-        app,
+        around,
         lifecycle,
         abandon=engine.abandon,
         reload=partial(_reload, keys),
@@ -283,6 +285,15 @@ def build(settings: Settings, whole: Whole | None = None, shared: socket.socket 
         web_socket=STREAM,
         grpc=grpc,
     )
+
+
+def _below(prefix: str, app: ASGIApp) -> ASGIApp:
+    """Return `app` told of the path that it is below. FastAPI's own setting tells only what is inside of FastAPI."""
+
+    async def below(scope: Scope, receive: Receive, send: Send) -> None:
+        await app({**scope, "root_path": prefix}, receive, send)
+
+    return below
 
 
 def _check_abilities(abilities: Abilities, settings: Settings, whole: Whole, *, shared: bool) -> None:

@@ -14,6 +14,7 @@ from carso.app import build
 from carso.settings import Settings
 
 from tests.deploy.dashboard import Query, annotations, choices, dashboard, queries
+from tests.lifespan import started
 
 yaml = pytest.importorskip("yaml", reason="pip install '.[deploy]'")
 promql_parser = pytest.importorskip("promql_parser", reason="pip install '.[deploy]'")
@@ -96,7 +97,7 @@ async def metrics_of(bundle: Path) -> set[str]:
     app = build(Settings(bundle=bundle, device="cpu", threads=1)).app
     transport = httpx.ASGITransport(app)
     async with (
-        app.router.lifespan_context(app),
+        started(app),
         httpx.AsyncClient(transport=transport, base_url="http://carso") as client,
     ):
         for path in ("/classify", "/classify/fast"):

@@ -110,3 +110,8 @@ async def refuse(request: Request, error: Exception) -> Response:
     exchange = Exchange.of(request.scope)
     noted(error, exchange)
     return answer(error, exchange.request_id, path=without_prefix(request.scope))
+
+
+async def fail(request: Request, error: Exception) -> Response:
+    """Answer a request that failed. Starlette raises its error again, and the envelope logs it."""
+    return answer(error, Exchange.of(request.scope).request_id, path=without_prefix(request.scope))
