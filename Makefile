@@ -51,8 +51,8 @@ docs: .venv/dev  ## write docs/settings.md out of the settings
 locks:  ## write constraints.txt and the images' lock files (needs uv)
 	docker/lock
 
-train: .venv/dev  ## train the reference system into runs/mnist-fcn (more than an hour on two cores)
-	$(BIN)/carso-train run mnist-fcn
+train: .venv/dev  ## train the reference system into runs/mnist-conv (more than an hour on two cores)
+	$(BIN)/carso-train run mnist-conv
 
 check: .venv/dev  ## run all that CI runs
 	.ci/run

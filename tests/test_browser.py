@@ -328,7 +328,7 @@ def test_the_second_tab_shows_the_service_and_has_an_address(browser, reference)
         expect(visit.page.locator("#figures")).to_be_visible()
         tile = visit.page.locator(".tile", has_text="Rows of work that are owed")
         expect(tile.locator(".value")).to_have_text("0")
-        expect(visit.page.locator("#served")).to_contain_text("mnist-fcn")
+        expect(visit.page.locator("#served")).to_contain_text("mnist-conv")
         expect(visit.page.locator(".tile svg polyline").first).to_be_attached()  # it looked twice
 
 
@@ -418,7 +418,7 @@ def test_a_bundle_that_can_prove_nothing_has_no_proofs_on_its_page(visit):
     expect(visit.page.locator("#proof")).to_be_hidden()
     assert "proof" not in visit.page.locator("#fast").inner_text()
     visit.page.click("#tab-figures")
-    expect(visit.page.locator("#served")).to_contain_text("None can be given: bundle mnist-fcn has no")
+    expect(visit.page.locator("#served")).to_contain_text("None can be given: bundle mnist-conv has no")
 
 
 def test_a_service_that_went_away_is_told_of(browser, tmp_path):

@@ -27,7 +27,7 @@ from tests.server import serving
 from tests.test_bundle import reseal
 from tests.waiting import comes_to
 
-SHIPPED = Path(__file__).parents[1] / "models" / "mnist-fcn"
+SHIPPED = Path(__file__).parents[1] / "models" / "mnist-conv"
 TIMEOUT = 60.0  # seconds: nothing may hang
 
 

@@ -156,3 +156,10 @@ def test_the_preset_is_convolutional_and_attacks_it_above_what_is_tested():
     assert preset.classifier.network == "conv"
     assert max(eps for eps, _ in preset.robust_training.eps) > 0.30
     assert max(eps for eps, _ in preset.hardening.eps) > 0.30
+
+
+def test_thresholds_of_a_network_in_float64_are_in_float64():
+    layer = SoftThresholds(1, 2).double()
+    images = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    expected = torch.sigmoid(layer.steepness * (images - layer.centres))
+    assert torch.equal(layer(images), expected)

@@ -115,7 +115,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, object], str, str]] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(ROOT / "models" / "mnist-fcn", tmp_path_factory.mktemp("shipped") / "log") as running:
+    with serving(ROOT / "models" / "mnist-conv", tmp_path_factory.mktemp("shipped") / "log") as running:
         yield running
 
 
@@ -149,7 +149,7 @@ def as_tensor(http: httpx.Client, path: str, data: bytes, options: dict[str, obj
         entry = {"shape": list(array.shape), "datatype": kind, "data": array.ravel().tolist()}
     else:
         entry = {"shape": [1], "datatype": "BYTES", "data": [base64.urlsafe_b64encode(data).decode()]}
-    model = "mnist-fcn" if path == "/classify" else "mnist-fcn-fast"
+    model = "mnist-conv" if path == "/classify" else "mnist-conv-fast"
     content = {"inputs": [{"name": "images", **entry}], "parameters": options}
     return http.post(f"/v2/models/{model}/infer", json=content)
 

@@ -19,7 +19,7 @@ from tests.server import environment
 from tests.waiting import PATIENCE
 
 ROOT = Path(__file__).parents[1]
-ATTACKED = ROOT / "docs/samples/2-pgd-0.30.png"
+ATTACKED = ROOT / "docs/samples/1-pgd-0.30.png"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 pytestmark = pytest.mark.slow  # they build, and install from a package index
@@ -59,7 +59,7 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]
 def test_the_wheel_holds_both_packages_and_the_reference_bundle_and_nothing_else(distributions):
     with zipfile.ZipFile(distributions[1]) as wheel:
         names = set(wheel.namelist())
-        assert json.loads(wheel.read("carso/models/mnist-fcn/manifest.json"))["name"] == "mnist-fcn"
+        assert json.loads(wheel.read("carso/models/mnist-conv/manifest.json"))["name"] == "mnist-conv"
     found = {name for name in names if ".dist-info/" not in name}
     expected = {
         str(path.relative_to(ROOT / half))
@@ -67,7 +67,7 @@ def test_the_wheel_holds_both_packages_and_the_reference_bundle_and_nothing_else
         for path in (ROOT / half).rglob("*")
         if path.is_file() and not re.search(r"/__pycache__/|/\.", f"/{path.relative_to(ROOT / half)}")
     }
-    bundle = {f"carso/{path.relative_to(ROOT)}" for path in (ROOT / "models/mnist-fcn").rglob("*") if path.is_file()}
+    bundle = {f"carso/{path.relative_to(ROOT)}" for path in (ROOT / "models/mnist-conv").rglob("*") if path.is_file()}
     assert found == expected | bundle
     assert {"carso/py.typed", "carso_training/py.typed"} <= found
 
@@ -125,6 +125,6 @@ def test_the_wheel_alone_serves_its_bundle_from_any_folder(distributions, tmp_pa
             answer = json.loads(run(commands / "carso", "classify", ATTACKED, "--json", "--url", url, cwd=elsewhere))
         finally:
             server.terminate()
-    assert (answer["class_name"], answer["agree"]) == ("2", False)
+    assert (answer["class_name"], answer["agree"]) == ("1", False)
     assert server.returncode == 0
     run(commands / "pip", "check", cwd=tmp_path)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from tests.bundles import copy_of
 
-SHIPPED = Path(__file__).parents[1] / "models" / "mnist-fcn"
+SHIPPED = Path(__file__).parents[1] / "models" / "mnist-conv"
 TINY = Effort(
     name="tiny", steps=5, targets=1, restarts=1, pgd_steps=5, queries=5, latents=2, latents_of_square=2, draws=1
 )

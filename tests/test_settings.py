@@ -65,8 +65,8 @@ def test_an_option_wins_over_its_variable(monkeypatch):
 
 def test_the_bundle_that_is_served_by_default_is_the_reference_bundle(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "models/mnist-fcn").mkdir(parents=True)  # a folder of this name where the command runs is not meant
-    assert Settings().bundle == ROOT / "models/mnist-fcn"
+    (tmp_path / "models/mnist-conv").mkdir(parents=True)  # a folder of this name where the command runs is not meant
+    assert Settings().bundle == ROOT / "models/mnist-conv"
 
 
 @pytest.mark.parametrize(

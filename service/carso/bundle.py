@@ -394,7 +394,7 @@ def _read(path: Path) -> bytes:
         if path.name == MANIFEST:
             raise BundleError(
                 f"{path.parent} holds no {MANIFEST}, so it is not a bundle. Set CARSO_BUNDLE to the folder of one, "
-                "such as models/mnist-fcn, or make one with: carso-train run mnist-fcn"
+                "such as models/mnist-conv, or make one with: carso-train run mnist-conv"
             ) from None
         raise BundleError(f"{path} is missing, though the manifest lists it. Copy the bundle again.") from None
     except OSError as e:

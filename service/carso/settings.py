@@ -50,8 +50,8 @@ SECURITY = "Security"  # the group of which a variable that is present but empty
 def _reference_bundle() -> Path:
     """Find the bundle that an installed package carries; in a source tree it lies beside the package's folder."""
     package = Path(__file__).parent
-    packaged = package / "models/mnist-fcn"
-    return packaged if packaged.is_dir() else package.parents[1] / "models/mnist-fcn"
+    packaged = package / "models/mnist-conv"
+    return packaged if packaged.is_dir() else package.parents[1] / "models/mnist-conv"
 
 
 REFERENCE_BUNDLE = _reference_bundle()
@@ -137,7 +137,7 @@ class Settings(BaseModel):
     )
     bundle: FilePath = _inference(
         default_factory=lambda: REFERENCE_BUNDLE,
-        shown="the bundle mnist-fcn that comes with the package",
+        shown="the bundle mnist-conv that comes with the package",
         description="Folder of the bundle to serve.",
     )
     device: Device = _inference(

@@ -25,7 +25,7 @@ from tests.signals import catches
 from tests.waiting import eventually
 
 ROOT = Path(__file__).parents[2]
-ATTACKED = (ROOT / "docs/samples/2-pgd-0.30.png").read_bytes()
+ATTACKED = (ROOT / "docs/samples/1-pgd-0.30.png").read_bytes()
 CPU, GPU, TRAINING = (os.environ.get(f"DEPLOY_{target}_IMAGE", "") for target in ("CPU", "GPU", "TRAINING"))
 
 needs_cpu = pytest.mark.skipif(not CPU, reason="tests/deploy/run builds the images and runs this")
@@ -50,7 +50,7 @@ def container() -> Iterator[Container]:
 def test_an_attacked_digit_is_classified_right(container: Container) -> None:
     status, answer = request(container.address, "POST", "/classify", ATTACKED)
     (prediction,) = answer["predictions"]
-    assert (status, prediction["class_name"], prediction["agree"]) == (200, "2", False)
+    assert (status, prediction["class_name"], prediction["agree"]) == (200, "1", False)
 
 
 @needs_cpu
@@ -117,7 +117,7 @@ def test_every_line_of_its_log_is_json(container: Container) -> None:
 @needs_cpu
 def test_another_bundle_can_be_mounted(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    shutil.copytree(ROOT / "models/mnist-fcn", bundle)
+    shutil.copytree(ROOT / "models/mnist-conv", bundle)
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"name": "mounted"}))
     bundle.chmod(0o755)

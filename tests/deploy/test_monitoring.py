@@ -21,7 +21,7 @@ promql_parser = pytest.importorskip("promql_parser", reason="pip install '.[depl
 
 ROOT = Path(__file__).parents[2]
 PROMETHEUS = ROOT / "docker/prometheus"
-DIGIT = (ROOT / "docs/samples/2-clean.png").read_bytes()
+DIGIT = (ROOT / "docs/samples/1-clean.png").read_bytes()
 needs_promtool = pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool (Debian: prometheus) is missing")
 
 
@@ -85,7 +85,7 @@ def test_every_query_of_the_dashboard_is_promql(query: Query) -> None:
 
 async def test_alerts_and_dashboard_use_only_metrics_that_the_service_or_a_rule_makes() -> None:
     made = {"up", "ALERTS"} | {rule["record"] for rule in rules() if "record" in rule}
-    for bundle in ("mnist-fcn", "mnist-certified"):  # one has samples, and the other proofs
+    for bundle in ("mnist-conv", "mnist-certified"):  # one has samples, and the other proofs
         made |= await metrics_of(ROOT / "models" / bundle)
     asked = [query.expr for query in everything_asked()] + [rule["expr"] for rule in rules()]
     named = set(re.findall(r"\b(?:carso|process)[_:][\w:]+|\bup\b|\bALERTS\b", " ".join(asked)))

@@ -22,7 +22,7 @@ from tests.deploy.containers import START_WITHIN, docker, request
 from tests.deploy.manifests import Object, objects, pod_specs, rendered, rendered_with
 
 ROOT = Path(__file__).parents[2]
-ATTACKED = (ROOT / "docs/samples/2-pgd-0.30.png").read_bytes()
+ATTACKED = (ROOT / "docs/samples/1-pgd-0.30.png").read_bytes()
 BUNDLE_IMAGE = "carso-bundle:check"
 CONFIGURATION = """
 [containers]
@@ -89,7 +89,7 @@ def _bundle_image(folder: Path) -> str:
     """An image as k8s/components/bundle describes it: the bundle under another name, and a cp."""
     context = folder / "bundle-image"
     bundle = context / "bundle"
-    shutil.copytree(ROOT / "models/mnist-fcn", bundle)
+    shutil.copytree(ROOT / "models/mnist-conv", bundle)
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"name": "out-of-an-image"}))
     shutil.copy(shutil.which("busybox"), context / "cp")
@@ -145,7 +145,7 @@ def test_the_pod_classifies_for_whoever_has_a_key(pod: Pod) -> None:
     status, answer = request(pod.address, "POST", "/classify", ATTACKED, headers=headers)
     assert status == 200, answer
     (prediction,) = answer["predictions"]
-    assert (prediction["class_name"], prediction["agree"]) == ("2", False)
+    assert (prediction["class_name"], prediction["agree"]) == ("1", False)
 
 
 def test_the_pod_serves_the_bundle_that_the_init_container_copied(pod: Pod) -> None:

@@ -99,10 +99,10 @@ def test_every_service_becomes_healthy(stack: Stack) -> None:
 
 
 def test_the_service_answers_at_its_published_port(stack: Stack) -> None:
-    body = (ROOT / "docs/samples/2-pgd-0.30.png").read_bytes()
+    body = (ROOT / "docs/samples/1-pgd-0.30.png").read_bytes()
     status, answer = request("127.0.0.1", "POST", "/classify", body, port=stack.ports["SERVICE_PORT"])
     (prediction,) = answer["predictions"]
-    assert (status, prediction["class_name"], prediction["agree"]) == (200, "2", False)
+    assert (status, prediction["class_name"], prediction["agree"]) == (200, "1", False)
 
 
 def test_the_limits_are_in_force(stack: Stack) -> None:

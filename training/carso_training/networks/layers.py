@@ -30,12 +30,13 @@ class SoftThresholds(nn.Module):
         self.count = count
 
     def forward(self, images: Tensor) -> Tensor:
-        # In float32, whatever the network is in. In bfloat16 a white pixel would come out as exactly 1, with a gradient
-        # of exactly 0, and no attack in training would ever darken it.
+        # In float32 at least, whatever the network is in. In bfloat16 a white pixel would come out as exactly 1, with a
+        # gradient of exactly 0, and no attack in training would ever darken it.
         if images.shape[1] > 1:  # a single channel is broadcast
             images = images.repeat_interleave(self.count, dim=1)
-        above = images.float() - self.centres.float()
-        return torch.sigmoid(self.steepness.float() * above).to(images.dtype)
+        exact = torch.promote_types(images.dtype, torch.float32)
+        above = images.to(exact) - self.centres.to(exact)
+        return torch.sigmoid(self.steepness.to(exact) * above).to(images.dtype)
 
 
 class Mish(nn.Module):
