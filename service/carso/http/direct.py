@@ -19,8 +19,8 @@ class Direct:
     """ASGI middleware that hands a POST to its endpoint, and all else to the application.
 
     The application's own way leads through its layers of middleware, past its routes one after the other, and through
-    contexts for what an endpoint may depend on. The endpoints here depend on nothing, so they are spared all
-    this, which takes time of the event loop.
+    contexts for what an endpoint may depend on. The endpoints here depend on nothing, so they are spared all this,
+    which takes time of the event loop.
     """
 
     def __init__(self, app: ASGIApp, endpoints: Mapping[str, Handler]) -> None:
