@@ -124,10 +124,12 @@ def pod(podman: Podman) -> Iterator[Pod]:
 
 def _for_podman(deployment: Object) -> Object:
     """The same less what podman takes for something else: it publishes every port on the host, and it probes with
-    curl, which the image does not have. And it is told to keep init containers, as Kubernetes does."""
+    curl, which the image does not have. And it is told to keep init containers, as Kubernetes does, and not to restart
+    one that has done its work: some podmans do, and wait for its end in vain if the copy is quick."""
     deployment["spec"]["replicas"] = 1
     deployment["metadata"]["annotations"] = {"io.podman.annotations.init.container.type": "always"}
     spec = deployment["spec"]["template"]["spec"]
+    spec["restartPolicy"] = "OnFailure"
     (container,), (copier,) = spec["containers"], spec["initContainers"]
     for name in ("ports", "startupProbe", "readinessProbe", "livenessProbe"):
         del container[name]
