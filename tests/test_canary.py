@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +18,7 @@ from carso.inference.pipeline import Pipeline
 from carso.inference.sessions import Sessions
 from carso.inference.thread import InThread
 from carso.samples import INDEX
+from carso.settings import REFERENCE_BUNDLE
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests import calls
@@ -27,13 +27,12 @@ from tests.server import serving
 from tests.test_bundle import reseal
 from tests.waiting import comes_to
 
-SHIPPED = Path(__file__).parents[1] / "models" / "mnist-conv"
 TIMEOUT = 60.0  # seconds: nothing may hang
 
 
 @pytest.fixture(scope="module")
 def bundle() -> Bundle:
-    return Bundle.load(SHIPPED)
+    return Bundle.load(REFERENCE_BUNDLE)
 
 
 @pytest.fixture
@@ -111,17 +110,17 @@ def test_the_service_shows_the_ratio_and_does_not_count_the_samples_as_answers(t
         families = text_string_to_metric_families(server.metrics())
         return {sample.name: sample.value for family in families for sample in family.samples}
 
-    with serving(SHIPPED, tmp_path / "log", canary_s=0.01) as server:
+    with serving(REFERENCE_BUNDLE, tmp_path / "log", canary_s=0.01) as server:
         comes_to(lambda: told()["carso_canary_correct_ratio"], 1.0)
         found = told()
         assert found["carso_first_pass_images_total"] >= 1
         assert found["carso_votes_per_image_count"] == 0
-    with serving(SHIPPED, tmp_path / "log", canary_s=0) as server:
+    with serving(REFERENCE_BUNDLE, tmp_path / "log", canary_s=0) as server:
         assert "carso_canary_correct_ratio" not in told()
 
 
 def test_the_canary_asks_in_the_process_of_the_engine_and_the_worker_shows_what_came_of_it(tmp_path):
-    folder = copy_of(SHIPPED, tmp_path / "bundle")
+    folder = copy_of(REFERENCE_BUNDLE, tmp_path / "bundle")
     index = json.loads((folder / INDEX).read_text())
     for each in index["images"]:
         each["label"] = each["robust_label"] = (each["robust_label"] + 1) % 10  # so that every answer is wrong
@@ -138,7 +137,7 @@ def test_a_sample_that_is_no_image_of_the_bundle_ends_the_start(tmp_path):
     from carso.app import build
     from carso.settings import Settings
 
-    folder = copy_of(SHIPPED, tmp_path / "bundle")
+    folder = copy_of(REFERENCE_BUNDLE, tmp_path / "bundle")
     (folder / "samples/00000-clean.png").write_bytes(b"no image")
     reseal(folder)
     with pytest.raises(BundleError, match=r"00000-clean\.png cannot be classified: .*carso-train samples"):

@@ -14,11 +14,12 @@ import httpx
 import numpy as np
 import pytest
 from carso import Client, RequestRefused
+from carso.settings import REFERENCE_BUNDLE
 from PIL import Image
 
 from tests.calls import PATHS, refused
 from tests.pictures import npy, saved
-from tests.server import ROOT, Server, serving
+from tests.server import Server, serving
 
 INPUTS = Path(__file__).parent / "inputs"
 RNG = np.random.default_rng(0)
@@ -115,7 +116,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, object], str, str]] = {
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    with serving(ROOT / "models" / "mnist-conv", tmp_path_factory.mktemp("shipped") / "log") as running:
+    with serving(REFERENCE_BUNDLE, tmp_path_factory.mktemp("shipped") / "log") as running:
         yield running
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from carso.bundle import Bundle
 from carso.samples import Sample
+from carso.settings import REFERENCE_BUNDLE
 from carso_training import command
 from carso_training.datasets import dataset
 from carso_training.robustness import samples
@@ -21,7 +21,6 @@ from PIL import Image
 
 from tests.bundles import copy_of
 
-SHIPPED = Path(__file__).parents[1] / "models" / "mnist-conv"
 TINY = Effort(
     name="tiny", steps=5, targets=1, restarts=1, pgd_steps=5, queries=5, latents=2, latents_of_square=2, draws=1
 )
@@ -39,7 +38,7 @@ def pixels(bundle: Bundle, sample: Sample) -> np.ndarray:
 @pytest.fixture(scope="module")
 def bundle(one_thread, tmp_path_factory) -> Bundle:
     """The shipped bundle with samples that were made with little effort."""
-    folder = copy_of(SHIPPED, tmp_path_factory.mktemp("samples") / "bundle")
+    folder = copy_of(REFERENCE_BUNDLE, tmp_path_factory.mktemp("samples") / "bundle")
     with pytest.MonkeyPatch.context() as patched:
         patched.setitem(command.EFFORTS, "quick", TINY)
         strengths = [part for eps in STRENGTHS for part in ("--eps", str(eps))]

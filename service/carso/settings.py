@@ -49,9 +49,9 @@ SECURITY = "Security"  # the group of which a variable that is present but empty
 
 def _reference_bundle() -> Path:
     """Find the bundle that an installed package carries; in a source tree it lies beside the package's folder."""
-    package = Path(__file__).parent
-    packaged = package / "models/mnist-conv"
-    return packaged if packaged.is_dir() else package.parents[1] / "models/mnist-conv"
+    package, bundle = Path(__file__).parent, "models/mnist-conv"
+    packaged = package / bundle
+    return packaged if packaged.is_dir() else package.parents[1] / bundle
 
 
 REFERENCE_BUNDLE = _reference_bundle()

@@ -18,6 +18,7 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 from carso.bundle import Bundle
+from carso.settings import REFERENCE_BUNDLE
 from carso.version import __version__
 
 from tests.deploy.containers import HARDENED, Container, docker, request, running
@@ -117,7 +118,7 @@ def test_every_line_of_its_log_is_json(container: Container) -> None:
 @needs_cpu
 def test_another_bundle_can_be_mounted(tmp_path: Path) -> None:
     bundle = tmp_path / "bundle"
-    shutil.copytree(ROOT / "models/mnist-conv", bundle)
+    shutil.copytree(REFERENCE_BUNDLE, bundle)
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"name": "mounted"}))
     bundle.chmod(0o755)

@@ -17,6 +17,7 @@ import pytest
 pytest.importorskip("yaml", reason="pip install '.[deploy]'")
 
 import yaml
+from carso.settings import REFERENCE_BUNDLE
 
 from tests.deploy.containers import START_WITHIN, docker, request
 from tests.deploy.manifests import Object, objects, pod_specs, rendered, rendered_with
@@ -89,7 +90,7 @@ def _bundle_image(folder: Path) -> str:
     """An image as k8s/components/bundle describes it: the bundle under another name, and a cp."""
     context = folder / "bundle-image"
     bundle = context / "bundle"
-    shutil.copytree(ROOT / "models/mnist-conv", bundle)
+    shutil.copytree(REFERENCE_BUNDLE, bundle)
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"name": "out-of-an-image"}))
     shutil.copy(shutil.which("busybox"), context / "cp")

@@ -6,24 +6,22 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Callable, Collection, Coroutine, Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from pydantic import BaseModel
-from starlette.requests import Request
-from starlette.responses import Response
 
 from carso import errors as e
 from carso.api.answers import ErrorAnswer
 from carso.bundle import InputSpec
+from carso.http.exchange import Handler
 from carso.http.statuses import STATUS
 from carso.images.media_types import IMAGE_TYPES, JSON, MULTIPART, NDJSON, NPY
 from carso.options import MAX_DEADLINE_MS, FastOptions
 
 Errors = tuple[type[e.RequestError], ...]
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 ROBUST_ERRORS: Errors = (e.SeedRefused, e.DeadlineExceeded)
 SHOWN_ERRORS: Errors = (e.EvidenceWithheld,)  # for what the votes were, or are

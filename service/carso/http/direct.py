@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from collections.abc import Mapping
 
 from starlette.requests import Request
-from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from carso.http.exchange import Exchange, without_prefix
+from carso.http.exchange import Exchange, Handler, without_prefix
 from carso.http.refusals import EXPECTED, refuse
-
-Handler = Callable[[Request], Coroutine[Any, Any, Response]]
 
 
 class Direct:

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import Callable, Coroutine, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from ipaddress import IPv6Address, IPv6Network, ip_address
 from typing import Any, cast
 
+from starlette.requests import Request
+from starlette.responses import Response
+
 from carso.http.keys import Caller
+
+Handler = Callable[[Request], Coroutine[Any, Any, Response]]
+"""What takes a request apart itself, and answers it."""
 
 _KEY = "carso.exchange"
 # Extensions of the ASGI scope, by our own protocol: calls that let a body take any time, and that cut the connection.
